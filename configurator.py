@@ -1,0 +1,141 @@
+"""
+Settings are a script's own globals, one line each: name = default  # why. They are overridden, in order, by
+
+$ python train.py config/train_shakespeare.py --batch_size=32
+
+a path: an override file, ordinary Python that sees the current values, may compute and may import;
+--name=value: one setting, converted to the type of its default. --help lists them all.
+
+Whatever a user can mend is raised as UserError and ends the script with one line on stderr and exit code 2.
+"""
+import difflib
+import os
+import re
+import sys
+import traceback
+
+TRUTH = {'True': True, 'true': True, '1': True, 'False': False, 'false': False, '0': False}
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend: the message names the setting or file, both values, and the remedy."""
+
+
+def _one_line(kind, error, trace):
+    if issubclass(kind, KeyboardInterrupt):
+        sys.exit(130)
+    if not issubclass(kind, (UserError, OSError)):  # an OSError names its file: permission, disk full, ...
+        return sys.__excepthook__(kind, error, trace)
+    print(f'error: {error}', file=sys.stderr)
+    sys.exit(2)
+
+
+def configure(namespace, argv=None):
+    """Apply the command line (or argv) to the settings in namespace, a script's globals(); return them as a dict.
+
+    Settings are the lower-case names that hold a bool, int, float or str at the time of the call."""
+    sys.excepthook = _one_line  # from here on a UserError ends the script in one line
+    settings = {k: v for k, v in namespace.items()
+                if re.fullmatch('[a-z][a-z0-9_]*', k) and isinstance(v, (bool, int, float, str))}
+    defaults = dict(settings)
+
+    def check(name, where):
+        if name not in settings:
+            near = difflib.get_close_matches(name.replace('-', '_'), settings, 1, 0.5)
+            hint = f'did you mean {near[0]}?' if near else '--help lists the settings'
+            raise UserError(f'{where}: unknown setting {name!r}: {hint}')
+
+    for arg in sys.argv[1:] if argv is None else argv:
+        name, equals, value = arg.removeprefix('--').partition('=')
+        if arg in ('--help', '-h'):
+            _print_help(namespace, defaults)
+            sys.exit(0)
+        elif arg.startswith('--'):
+            check(name, arg)
+            if not equals:
+                raise UserError(f'{arg}: a value follows an equals sign, with no space: {arg}={settings[name]}')
+            settings[name] = _typed(name, value, defaults[name], arg)
+        elif equals and name.lstrip('-') in settings and not os.path.exists(arg):
+            raise UserError(f"{arg}: write --{arg.lstrip('-')}")
+        else:
+            for name, value in _run_file(arg, settings).items():
+                check(name, arg)
+                settings[name] = _typed(name, value, defaults[name], arg)
+    namespace.update(settings)
+    return settings
+
+
+def _typed(name, value, default, where):
+    """value, the text of an argument or an object from a file, as the type of default."""
+    kind, found = type(default), value
+    try:
+        if kind is bool or (default == 'auto' and str(value).lower() in ('true', 'false')):  # 'auto' may be settled by a bool
+            return TRUTH[str(value)]
+        if isinstance(value, bool):
+            raise TypeError
+        if kind is int:
+            value = int(value) if re.fullmatch(r'\s*[-+]?\d+\s*', str(value)) else float(value)
+            if value != int(value):  # 1e3 is a whole number, 1.5 is not
+                raise ValueError
+        if kind is str and not isinstance(value, str):
+            raise TypeError
+        return kind(value)
+    except (KeyError, TypeError, ValueError, OverflowError):
+        wanted = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'text in quotes'}[kind]
+        raise UserError(f'{where}: {name} takes {wanted}, such as {default!r}, not {found!r}') from None
+
+
+def _run_file(path, settings):
+    """Run an override file and return what it defined; modules, functions and _names are its own business."""
+    if not os.path.isfile(path):
+        raise UserError(f'{path}: no such override file (settings are written --name=value)')
+    scope = dict(settings, __file__=path, __name__='config')
+    try:
+        with open(path, encoding='utf-8') as f:
+            exec(compile(f.read(), path, 'exec'), scope)
+    except UserError:
+        raise
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else '?'
+        raise UserError(f'{path}, line {line}: {type(error).__name__}: {error}') from error
+    return {k: v for k, v in scope.items() if not (k.startswith('_') or callable(v) or isinstance(v, type(sys)))}
+
+
+def _print_help(namespace, defaults):
+    """The script's docstring, then its settings as they stand in its source: name, default, comment."""
+    with open(namespace['__file__'], encoding='utf-8') as f:
+        source = f.read()
+    print((namespace.get('__doc__') or '').strip() + '\n\nsettings:')
+    for name, default in defaults.items():
+        comment = re.search(rf'^ *{name}(?:: \w+)? = .*?\s# ?(.*)$', source, re.MULTILINE)
+        print(f'  --{name}={default!r:<24}'.ljust(46) + (comment[1] if comment else ''))
+
+
+def resolve(device, dtype, compile=False):
+    """Settle what depends on the machine: returns (device, dtype, compile), each as asked for or, where 'auto', chosen.
+
+    device: cuda, then mps, then cpu. dtype: bfloat16 where a GPU has it natively, float16 on older CUDA cards,
+    float32 elsewhere. compile: where it pays within minutes, which is on CUDA."""
+    import torch
+    present = {'cuda': torch.cuda.device_count(), 'mps': int(torch.backends.mps.is_available()), 'cpu': 1}
+    if device == 'auto':
+        device = next(kind for kind in present if present[kind])
+    if device == 'cuda':  # a card of its own for every process that torchrun starts
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    match = re.fullmatch(r'(cuda|mps|cpu)(?::(\d+))?', str(device))
+    if not match or int(match[2] or 0) >= present[match[1]]:
+        there = ', '.join(f'{count} {kind}' for kind, count in present.items())
+        raise UserError(f"device={device!r}, but this machine has {there}: choose one of these or leave it at 'auto'")
+    kind = match[1]
+    if dtype == 'auto':
+        dtype = 'float32'
+        if kind == 'cuda':  # a T4 claims bfloat16 but only emulates it, hence the argument
+            dtype = 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
+    if dtype not in ('float32', 'bfloat16', 'float16'):
+        raise UserError(f"dtype={dtype!r}: choose 'float32', 'bfloat16', 'float16' or 'auto'")
+    if dtype == 'float16' and kind != 'cuda':
+        raise UserError(f"dtype='float16' trains only on CUDA, not on {kind}: use 'bfloat16' or 'float32'")
+    if compile not in (True, False, 'auto'):
+        raise UserError(f"compile={compile!r}: choose True, False or 'auto'")
+    return device, dtype, kind == 'cuda' if compile == 'auto' else compile

@@ -1,0 +1,305 @@
+"""
+A GPT in plain PyTorch: GPT-2 exactly by default, its modern descendants by flags. Read it from top to bottom:
+attention, where tokens exchange information; the MLP, where each thinks for itself; the block that holds both;
+the model that stacks blocks between an embedding and a head. Run it to see a model laid out, module by module:
+
+$ python model.py                                       # GPT-2 124M
+$ python model.py --n_layer=24 --n_head=16 --n_embd=1024 --batch_size=4
+"""
+import math
+import re
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from configurator import UserError, configure
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = 1024    # the longest window of tokens that the model can look at
+    vocab_size: int = 50257   # how many different tokens there are
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768         # width: how many numbers describe a token inside the model
+    dropout: float = 0.0
+    bias: bool = True         # biases in linear layers and LayerNorms, as in GPT-2; without is as good and faster
+    rope: bool = False        # rotary positions in attention instead of learned position embeddings
+    qk_norm: bool = False     # normalise queries and keys: attention stays calm at high learning rates
+    relu2: bool = False       # squared ReLU in the MLP instead of GELU: cheaper, as good
+
+    def __post_init__(self):
+        if self.n_embd % self.n_head:
+            raise UserError(f'n_embd={self.n_embd} is not divisible by n_head={self.n_head}: each head takes an equal '
+                            f'share, so use n_embd={math.ceil(self.n_embd / self.n_head) * self.n_head}')
+        if self.rope and self.n_embd // self.n_head % 2:
+            raise UserError(f'rope rotates pairs: n_embd/n_head={self.n_embd // self.n_head} must be even')
+
+
+def rotate(x, rotation):
+    """Rotary positions: turn each pair (x[i], x[i + half]) of a query or key by an angle proportional to its position.
+
+    The dot product of two vectors that are turned so depends only on how far apart their tokens stand."""
+    cos, sin = rotation
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)
+
+
+class CausalSelfAttention(nn.Module):
+    """The one place where tokens look at each other. Each token asks a question (query); every token before it, and
+    itself, offers a label (key) and a content (value). How well query and key match decides how much of the value flows:
+    softmax(q k^T / sqrt(head size)) v. Several heads do this side by side, each in its own share of the channels."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # queries, keys and values at once
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+        self.n_head, self.dropout, self.qk_norm = config.n_head, config.dropout, config.qk_norm
+
+    def forward(self, x, rotation=None, cache=None, start=0):
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, heads, T, hs)
+        if self.qk_norm:
+            q, k = F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:])
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
+        if cache is not None:  # generating: remember these keys and values, look back at all of them so far
+            cache[0, :, :, start:start + T], cache[1, :, :, start:start + T] = k, v
+            k, v = cache[:, :, :, :start + T]
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=T > 1)
+        y = y.transpose(1, 2).reshape(B, T, C)  # the heads' results side by side again
+        return self.resid_dropout(self.c_proj(y))
+
+
+class MLP(nn.Module):
+    """Each token by itself: widen four times, bend, narrow again. Most of what a GPT knows sits in these weights."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+        self.relu2 = config.relu2
+
+    def forward(self, x):
+        x = self.c_fc(x)  # (B, T, 4C)
+        x = F.relu(x).square() if self.relu2 else F.gelu(x, approximate='tanh')
+        return self.dropout(self.c_proj(x))  # (B, T, C)
+
+
+class Block(nn.Module):
+    """Attention, then MLP. Both read a normalised copy of the stream and add what they found to it: the stream itself
+    runs straight from embedding to head, and so do gradients on their way back, however many blocks there are."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x, rotation=None, cache=None, start=0):
+        x = x + self.attn(self.ln_1(x), rotation, cache, start)  # (B, T, C): each token gathers from the ones before it
+        x = x + self.mlp(self.ln_2(x))                           # (B, T, C): each token digests what it gathered
+        return x
+
+
+class GPT(nn.Module):
+    """Token ids in, for every position a score for each possible next token out."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(config.vocab_size, config.n_embd),
+            wpe=None if config.rope else nn.Embedding(config.block_size, config.n_embd),
+            drop=nn.Dropout(config.dropout),
+            h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
+            ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
+        ))
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = self.transformer.wte.weight  # tied: what reads a token in also scores it going out
+        for name, p in self.named_parameters():  # GPT-2's initialisation
+            if name.endswith('bias'):
+                nn.init.zeros_(p)
+            elif p.dim() == 2:  # what adds to the stream starts smaller, so that all blocks together add up to one
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if name.endswith('c_proj.weight') else 0.02)
+
+    def hidden(self, idx, cache=None, start=0):
+        """Ids (B, T), the first of them at position start, to the final normalised stream (B, T, C)."""
+        position = torch.arange(start, start + idx.shape[1], device=idx.device)
+        assert start + idx.shape[1] <= self.config.block_size, f'{start + idx.shape[1]} tokens in {self.config.block_size}'
+        x, rotation = self.transformer.wte(idx), None  # (B, T, C)
+        if self.config.rope:
+            half = self.config.n_embd // self.config.n_head // 2
+            speed = 10000 ** (-torch.arange(half, device=idx.device) / half)
+            angle = position[:, None] * speed  # (T, hs / 2): fast turning pairs tell neighbours apart, slow ones chapters
+            rotation = angle.cos(), angle.sin()
+        else:
+            x = x + self.transformer.wpe(position)
+        x = self.transformer.drop(x)
+        for i, block in enumerate(self.transformer.h):
+            x = block(x, rotation, None if cache is None else cache[i], start)
+        return self.transformer.ln_f(x)
+
+    def forward(self, idx, targets=None):
+        """Ids (B, T) to (logits (B, T, vocab_size), loss). The loss is the mean of -log p(target); targets of -1 don't
+        count; without targets it is None."""
+        logits = self.lm_head(self.hidden(idx))
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=None, vocab_size=None):
+        """Continue each row of idx (B, T): yields the next token of every row, (B,), max_new_tokens times or until
+        every row has emitted the token stop. temperature 0 takes the likeliest; top_k keeps the k likeliest, top_p the
+        fewest that hold that much probability together; ids from vocab_size up (padding) are never emitted.
+
+        Keys and values of the tokens so far are cached, so a step costs one token. When the window of block_size is
+        full, the more recent half of it is read anew as the start of the next window, and so on."""
+        assert not self.training, 'call model.eval() first: dropout is on'
+        size, heads, weight = self.config.block_size, self.config.n_head, self.lm_head.weight
+        cache = [weight.new_empty(2, len(idx), heads, min(size, idx.shape[1] + max_new_tokens), weight.shape[1] // heads)
+                 for _ in self.transformer.h]  # one tensor per layer: (keys and values, B, heads, T, hs)
+        window = unread = idx[:, -size:]
+        start, ended = 0, torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
+        for _ in range(max_new_tokens):
+            if start + unread.shape[1] > size:
+                unread, start = window[:, -max(1, size // 2):], 0
+            x = self.hidden(unread, cache, start)[:, -1]  # (B, C)
+            start += unread.shape[1]
+            token = sample_token(self.lm_head(x)[:, :vocab_size], temperature, top_k, top_p)
+            if stop is not None:
+                token = token.where(~ended, stop)
+                ended |= token == stop
+            yield token
+            if stop is not None and ended.all():
+                return
+            unread = token[:, None]
+            window = torch.cat((window, unread), dim=1)[:, -size:]
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint, **changes):
+        """The model in a checkpoint that load_checkpoint read, with the changes made to its config (dropout, say)."""
+        model = cls(GPTConfig(**{**checkpoint['model_args'], **changes}))
+        model.load_state_dict(checkpoint['model'])
+        return model
+
+    def crop_block_size(self, block_size):
+        """Shorten the window, e.g. to finetune on shorter texts: the later positions are dropped."""
+        assert block_size <= self.config.block_size
+        self.config.block_size = block_size
+        if not self.config.rope:
+            wpe = self.transformer.wpe
+            wpe.weight, wpe.num_embeddings = nn.Parameter(wpe.weight[:block_size].clone()), block_size
+
+    def num_params(self):
+        return sum(p.numel() for p in self.parameters())  # the tied head counts once
+
+    def flops_per_token(self):
+        """Floating point operations to train on one token, by the usual account: forward 2 per weight of every matrix
+        and 4 * T * C per layer for attention (as if not causal); backward twice that."""
+        matrices = sum(p.numel() for name, p in self.named_parameters() if p.dim() == 2 and 'wpe' not in name)
+        return 6 * matrices + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
+
+    def configure_optimizer(self, weight_decay, learning_rate, betas):
+        """AdamW. Matrices decay towards zero, vectors (biases, norms) do not."""
+        matrices = [p for p in self.parameters() if p.dim() >= 2]
+        vectors = [p for p in self.parameters() if p.dim() < 2]
+        groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=vectors, weight_decay=0.0)]
+        return torch.optim.AdamW([g for g in groups if g['params']], lr=learning_rate, betas=betas, fused=True)
+
+
+def sample_token(logits, temperature=1.0, top_k=None, top_p=None):
+    """Draw one token for each row of scores: logits (B, vocab) -> (B,)."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits.float() / temperature  # below 1 sharpens the choice, above 1 flattens it
+    if top_k:
+        worst = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < worst, -math.inf)
+    if top_p is not None and top_p < 1:
+        ranked, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
+        enough = ranked.cumsum(dim=-1) - ranked >= top_p  # the likelier ones hold top_p already
+        enough[:, 0] = False
+        logits = logits.masked_fill(torch.zeros_like(enough).scatter(1, order, enough), -math.inf)
+    probs = logits.softmax(dim=-1)
+    if probs.device.type == 'mps':  # whose multinomial can return ids of zero probability
+        return torch.multinomial(probs.cpu(), 1).to(logits.device).squeeze(1)
+    return torch.multinomial(probs, 1).squeeze(1)
+
+
+def load_checkpoint(path):
+    """What train.py saved: a dict of plain values and tensors, on the CPU. Loading it cannot run code."""
+    try:
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+        weights, shape = checkpoint['model'], checkpoint['model_args']
+        for key in list(weights):  # left by compiled models in other people's checkpoints
+            weights[key.removeprefix('_orig_mod.')] = weights.pop(key)
+        shape['n_layer'], shape['vocab_size'], checkpoint['tokenizer']['type'], checkpoint['iter_num']
+    except FileNotFoundError:
+        raise UserError(f'{path}: there is no such checkpoint; python train.py makes one') from None
+    except OSError:
+        raise
+    except Exception as error:  # torch.load has many ways to say that a file is damaged
+        reason = str(error).strip().split('\n')[0]
+        raise UserError(f'{path} is damaged or not a checkpoint ({type(error).__name__}: {reason})') from error
+    return checkpoint
+
+
+def explain(config, batch_size, dtype):
+    """Print every module of a model with what it does, its output's shape, parameters and forward FLOPs; then totals
+    and the memory that training takes. Fake tensors have shapes but no numbers, so that any size is instant."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    what = dict(wte='token id -> vector', wpe='position -> vector, added', drop='dropout', ln_1='normalise each token',
+                attn='gather from earlier tokens', c_attn='queries, keys, values', c_proj='back to the stream, added',
+                ln_2='normalise each token', c_fc='widen', ln_f='normalise each token', lm_head='score every token')
+    shapes, saved = {}, {}
+
+    def keep(tensor):  # called for whatever autograd holds on to until the backward pass; each storage counts once
+        saved[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with FakeTensorMode():
+        model = GPT(config)
+        for name, module in model.named_modules():
+            if name.split('.')[-1] in what:
+                module.register_forward_hook(lambda module, _, out, name=name: shapes.update({name: tuple(out.shape)}))
+        idx = torch.zeros(batch_size, config.block_size, dtype=torch.long)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), \
+                torch.autocast('cpu', getattr(torch, dtype), enabled=dtype != 'float32'):
+            model(idx, idx)
+        weights = {p.untyped_storage()._cdata for p in model.parameters()}
+        activations = sum(t.untyped_storage().nbytes() for key, t in saved.items() if key not in weights)
+
+    print(f'{"module":<30}{"what it does":<30}{"output":<22}{"parameters":>14}{"forward GFLOPs":>16}')
+    tokens = batch_size * config.block_size
+    for name, module in model.named_modules():
+        if name == 'transformer.h.1':
+            print(f'transformer.h.1 ... {config.n_layer - 1}: the same again')
+        if name in shapes and not re.match(r'transformer\.h\.[1-9]', name):
+            tied = module is model.lm_head
+            parameters = 0 if tied else sum(p.numel() for p in module.parameters(recurse=False))
+            flops = 2 * tokens * module.weight.numel() if isinstance(module, nn.Linear) else 0
+            if isinstance(module, CausalSelfAttention):  # q k^T and its product with v
+                flops = 4 * tokens * config.block_size * config.n_embd
+            print(f'{name:<30}{what[name.split(".")[-1]]:<30}{str(shapes[name]):<22}'
+                  f'{"tied to wte" if tied else f"{parameters:,}":>14}{flops / 1e9:>16,.3f}')
+    n = model.num_params()
+    memory = {'weights': 4 * n, 'gradients': 4 * n, 'AdamW': 8 * n, 'activations': activations}
+    print(f'\nparameters {n:,}; to train on one token takes {model.flops_per_token() / 1e9:,.3f} GFLOPs, '
+          f'on a batch of {batch_size} x {config.block_size} {model.flops_per_token() * tokens / 1e12:,.3f} TFLOPs')
+    print(f'memory to train on that batch in {dtype}: ' + ' + '.join(f'{k} {v / 2**30:.2f}' for k, v in memory.items())
+          + f' = {sum(memory.values()) / 2**30:.2f} GiB')
+
+
+if __name__ == '__main__':
+    batch_size = 8      # how many windows are trained on at once
+    dtype = 'bfloat16'  # of the activations: bfloat16 or float32; weights, gradients and AdamW's averages are float32
+    globals().update(vars(GPTConfig()))
+    settings = configure(globals())
+    explain(GPTConfig(**{k: v for k, v in settings.items() if k in vars(GPTConfig())}), batch_size, dtype)

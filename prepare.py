@@ -1,0 +1,457 @@
+"""
+Text in, tokens out: data/NAME/train.bin and val.bin (raw uint8 or uint16 token ids) and meta.json, which says the rest.
+
+$ python prepare.py --dataset=shakespeare_char           # the embedded text, by characters
+$ python prepare.py --dataset=shakespeare                # the same, in GPT-2's tokens
+$ python prepare.py --dataset=mine --source=my_texts/ --tokenizer=bpe --vocab_size=4096
+
+A source is a text file, a folder of files, .jsonl with a "text" field, .parquet with a text column, any of these
+gzipped, or the http(s) address of one. Tokenizers: char; gpt2; bpe, trained on this very text, whatever its language;
+sp:FILE.model, a SentencePiece model. Text is streamed: it may be larger than memory.
+"""
+import base64
+import gzip
+import hashlib
+import heapq
+import io
+import json
+import os
+import re
+import shutil
+import sys
+import time
+import urllib.parse
+import zlib
+from array import array
+from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+
+import numpy as np
+import requests
+
+from configurator import UserError, configure
+
+dataset = 'shakespeare_char'  # the folder in data/ to write: a row of the table below, or a new name with a --source
+source = ''         # where the text is; empty: what the table says
+tokenizer = ''      # char, gpt2, bpe or sp:FILE.model; empty: what the table says, gpt2 for a new name
+vocab_size = 4096   # of a bpe that is trained here
+val_fraction = 0.1  # the last part of the text, or the last documents, are kept for validation
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+DATA = os.path.join(HERE, 'data')  # os.path.join(DATA, dataset): an absolute path for dataset stands for itself
+SHAKESPEARE = os.path.join(DATA, 'shakespeare', 'input.txt')
+DATASETS = {
+    'shakespeare_char': dict(source=SHAKESPEARE, tokenizer='char'),
+    'shakespeare':      dict(source=SHAKESPEARE, tokenizer='gpt2'),
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizers. Each has n_vocab, eot (the id that ends a document, or None), encode(text) -> ids, decode_bytes(ids).
+
+END_OF_TEXT = '<|endoftext|>'
+
+# How a text is split before pairs are merged, after GPT-4: words with the space before them, digits by threes, the rest.
+# Marks (\p{M}) belong to words, or Nepali would fall apart at every vowel sign.
+SPLIT = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+|\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
+         r"|\s*[\r\n]|\s+(?!\S)|\s+")
+
+# A letter ends its token in every such split where space or punctuation follows: a long text can be cut there and
+# its parts encoded one by one, with the same ids as the whole.
+CUT = re.compile(r'(?<=[^\W\d_])(?=[\s!-/:-@，。、！？；：…—])')
+
+
+class CharTokenizer:
+    """One id for every character."""
+    eot = None
+
+    def __init__(self, chars):
+        self.chars, self.n_vocab = chars, len(chars)
+        codes = np.array([ord(c) for c in chars])
+        self.ids = np.full(codes.max() + 2, -1, np.int32)  # by code point; the last stands for all beyond
+        self.ids[codes] = np.arange(len(chars))
+
+    def encode(self, text, special=False):
+        codes = np.frombuffer(text.encode('utf-32-le', 'surrogatepass'), np.uint32)
+        ids = self.ids[np.minimum(codes, len(self.ids) - 1)]
+        if len(ids) and ids.min() < 0:
+            unknown = ' '.join(repr(c) for c in sorted(set(text) - set(self.chars))[:20])
+            raise UserError(f'the tokenizer does not know {unknown}: it has only the {self.n_vocab} characters of the '
+                            'text it was made from, so leave these out')
+        return ids
+
+    def decode_bytes(self, ids):
+        return ''.join(self.chars[i] for i in ids).encode('utf-8', 'replace')
+
+
+class BPETokenizer:
+    """Byte-level byte-pair encoding, done by tiktoken: any text whatever can be encoded."""
+
+    def __init__(self, encoding):
+        self.encoding, self.n_vocab, self.eot = encoding, encoding.n_vocab, encoding.eot_token
+
+    def encode(self, text, special=False):
+        """With special, <|endoftext|> in the text is the token; otherwise it is text like any other."""
+        text = text.encode('utf-8', 'replace').decode('utf-8')  # a lone surrogate cannot be encoded
+        return self.encoding.encode_to_numpy(text, allowed_special={END_OF_TEXT} if special else set(),
+                                             disallowed_special=())
+
+    def decode_bytes(self, ids):
+        return self.encoding.decode_bytes([int(i) for i in ids])
+
+
+class SentencePieceTokenizer:
+    def __init__(self, model):
+        try:
+            import sentencepiece
+        except ImportError:
+            raise UserError('a SentencePiece tokenizer needs one more package: pip install sentencepiece') from None
+        self.sp = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self.n_vocab = self.sp.get_piece_size()
+        self.eot = self.sp.eos_id() if self.sp.eos_id() >= 0 else None
+
+    def encode(self, text, special=False):
+        return np.array(self.sp.encode(text), np.uint32)
+
+    def decode_bytes(self, ids):
+        def piece(i):
+            if self.sp.is_control(i):
+                return b''
+            text = self.sp.id_to_piece(i)
+            return bytes([int(text[3:-1], 16)]) if self.sp.is_byte(i) else text.replace('\u2581', ' ').encode()
+        return b''.join(piece(int(i)) for i in ids)
+
+
+def get_tokenizer(spec):
+    """The tokenizer that a spec (in meta.json and in every checkpoint) describes, all of it."""
+    import tiktoken
+    if spec['type'] == 'char':
+        return CharTokenizer(spec['chars'])
+    if spec['type'] == 'sp':
+        return SentencePieceTokenizer(base64.b64decode(spec['model']))
+    if spec['type'] == 'bpe':
+        pieces = [bytes([i]) for i in range(256)]
+        for left, right in spec['merges']:
+            pieces.append(pieces[left] + pieces[right])
+        return BPETokenizer(tiktoken.Encoding('bpe', pat_str=spec['split'], special_tokens={END_OF_TEXT: len(pieces)},
+                                              mergeable_ranks={piece: rank for rank, piece in enumerate(pieces)}))
+    if spec['type'] == 'gpt2':
+        try:
+            return BPETokenizer(tiktoken.get_encoding('gpt2'))
+        except (requests.RequestException, OSError) as error:
+            raise UserError(
+                f"GPT-2's tokenizer is fetched once by tiktoken, and that failed ({type(error).__name__}). With a network, "
+                "run this again; without, set TIKTOKEN_CACHE_DIR to a folder copied from a machine where "
+                "TIKTOKEN_CACHE_DIR=folder python -c \"import tiktoken; tiktoken.get_encoding('gpt2')\" was run; "
+                "or take another: --tokenizer=bpe or --tokenizer=char") from error
+    raise UserError(f"tokenizer {spec['type']!r}: choose char, gpt2, bpe or sp:FILE.model")
+
+
+def make_spec(tokenizer, files, vocab_size):
+    """The spec of a tokenizer for the text in files: what get_tokenizer needs."""
+    kind, _, path = tokenizer.partition(':')
+    if kind == 'char':
+        chars = set()
+        for text, _ in read(files, 'characters'):
+            chars.update(text)
+        return dict(type='char', chars=''.join(sorted(chars)))
+    if kind == 'bpe':
+        import regex  # which tiktoken depends on: the same syntax as its own
+        if vocab_size < 258:
+            raise UserError(f'vocab_size={vocab_size}: a bpe has the 256 bytes and {END_OF_TEXT} before the first merge')
+        words, learned = Counter(), 0
+        for text, _ in read(files, 'words'):
+            words.update(regex.findall(SPLIT, text))
+            learned += len(text)
+            if learned > 100e6:  # as good as all of it, and bounded in memory
+                break
+        return dict(type='bpe', split=SPLIT, merges=train_bpe(words, vocab_size - 257))
+    if kind == 'sp':
+        if not os.path.isfile(path):
+            raise UserError(f'tokenizer={tokenizer}: there is no file {path!r}')
+        with open(path, 'rb') as f:
+            return dict(type='sp', model=base64.b64encode(f.read()).decode())
+    return dict(type=tokenizer)
+
+
+def train_bpe(words, n_merges):
+    """Merge the most frequent pair of neighbours into a new id, n_merges times; of equals the lowest ids come first.
+
+    words counts each distinct word. A merge touches only the words that contain its pair, and only the counts of the
+    pairs that it makes or breaks; the heap holds stale counts too, which are recognised when they come up."""
+    sequences = [(list(word.encode('utf-8', 'replace')), n) for word, n in sorted(words.items())]
+    counts, places = Counter(), defaultdict(set)  # of each pair: how often, and in which words
+    for i, (ids, n) in enumerate(sequences):
+        for pair in zip(ids, ids[1:]):
+            counts[pair] += n
+            places[pair].add(i)
+    heap = [(-n, pair) for pair, n in counts.items()]
+    heapq.heapify(heap)
+    pieces, merges = [bytes([i]) for i in range(256)], []
+    known, progress = set(pieces), Progress('merges', n_merges, 'merges')
+    while heap and len(merges) < n_merges:
+        n, pair = heapq.heappop(heap)
+        piece = pieces[pair[0]] + pieces[pair[1]]
+        if -n != counts[pair] or piece in known:  # stale, or another way to spell a piece that exists
+            continue
+        if -n < 2:
+            break
+        new = len(pieces)
+        pieces.append(piece)
+        known.add(piece)
+        merges.append(pair)
+        change = Counter()
+        for i in places.pop(pair):
+            ids, n = sequences[i]
+            merged, at = [], 0
+            while at < len(ids):
+                found = ids[at] == pair[0] and at + 1 < len(ids) and ids[at + 1] == pair[1]
+                merged.append(new if found else ids[at])
+                at += 2 if found else 1
+            for old in zip(ids, ids[1:]):
+                change[old] -= n
+            for made in zip(merged, merged[1:]):
+                change[made] += n
+                places[made].add(i)
+            sequences[i] = merged, n
+        for p, n in change.items():
+            counts[p] += n
+            if n and counts[p]:
+                heapq.heappush(heap, (-counts[p], p))
+        progress(len(merges))
+    return merges
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sources.
+
+class Progress:
+    """How much is done of what, rate and time left: one line on stderr, from the second second on."""
+
+    def __init__(self, what, total, unit):
+        self.what, self.total, self.unit, self.begin, self.shown = what, total, unit, time.time(), None
+
+    def __call__(self, done, finished=False):
+        now, terminal = time.time(), sys.stderr.isatty()
+        wait = 1 if terminal or not self.shown else 10
+        if now - (self.shown or self.begin) < wait and not (finished and self.shown):
+            return
+        self.shown = now
+        scale = 1e6 if self.unit == 'MB' else 1
+        rate = max(done, 1) / (now - self.begin)
+        total = f' of {self.total / scale:,.0f}' if self.total else ''
+        left = f', {max(0, self.total - done) / rate:,.0f} s left' if self.total and not finished else ''
+        print(f'{self.what}: {done / scale:,.0f}{total} {self.unit}, {rate / scale:,.1f} {self.unit}/s{left}',
+              end='\x1b[K\r' if terminal and not finished else '\n', file=sys.stderr, flush=True)
+
+
+def download(url, path):
+    """Fetch url into the file path. A break is retried; what came before it is kept in path.part and gone on from."""
+    for attempt in range(5):
+        try:
+            problem = fetch(url, path + '.part', os.path.basename(path))
+        except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
+            problem = type(error).__name__
+        except requests.RequestException as error:
+            raise UserError(f'{url}: {error}') from None
+        if not problem:
+            os.replace(path + '.part', path)
+            return
+        time.sleep(2 ** attempt / 2)
+    raise UserError(f'{url}: given up after 5 tries ({problem}): run the same command again to go on from where it stopped')
+
+
+def fetch(url, part, what):
+    """One try to complete the file part: None, or what went wrong that may go right the next time."""
+    have = os.path.getsize(part) if os.path.exists(part) else 0
+    headers = {'Accept-Encoding': 'identity', 'Range': f'bytes={have}-'}
+    with requests.get(url, headers=headers, stream=True, timeout=(10, 60)) as reply:
+        if reply.status_code == 416:  # nothing comes after what we have, which need not be right: start over
+            os.remove(part)
+            return 'the part that was here did not fit'
+        if reply.status_code in (408, 429) or reply.status_code >= 500:
+            return f'the server answered {reply.status_code}'
+        if reply.status_code not in (200, 206):
+            raise UserError(f'{url}: the server answered {reply.status_code} {reply.reason}: check the address')
+        if 'text/html' in reply.headers.get('Content-Type', ''):
+            raise UserError(f'{url} is a web page, not a data file: give the address of the file itself')
+        if not reply.headers.get('Content-Range', '').startswith(f'bytes {have}-'):
+            have = 0  # the server sends all of it again
+        total = have + int(reply.headers.get('Content-Length', 0))
+        progress = Progress(f'downloading {what}', total, 'MB')
+        with open(part, 'ab' if have else 'wb') as f:
+            for block in reply.iter_content(1 << 20):
+                f.write(block)
+                progress(f.tell())
+            size = f.tell()
+        progress(size, finished=True)
+    return f'{size:,} of {total:,} bytes came' if 'Content-Length' in reply.headers and size != total else None
+
+
+def locate(source, folder):
+    """The files of a source, an address among them downloaded into folder first."""
+    if re.match('https?://', source):
+        path = os.path.join(folder, os.path.basename(urllib.parse.urlparse(source).path) or 'source.txt')
+        if not os.path.exists(path):
+            os.makedirs(folder, exist_ok=True)
+            download(source, path)
+        return [path]
+    if os.path.isdir(source):
+        return sorted(os.path.join(base, name) for base, _, names in os.walk(source) for name in names
+                      if not name.startswith('.'))
+    if not os.path.isfile(source):
+        raise UserError(f'source={source!r}: no such file or folder')
+    return [source]
+
+
+def read(files, what):
+    """Yield (text, ends): pieces of text, and whether the document ends with this one. Shows progress."""
+    progress, done = Progress(what, sum(map(os.path.getsize, files)), 'MB'), 0
+    for path in files:
+        with open(path, 'rb') as raw:
+            unzipped = gzip.open(raw) if path.endswith('.gz') else raw
+            try:
+                for piece in read_file(unzipped, path):
+                    yield piece
+                    progress(done + raw.tell())
+            except UserError:
+                raise
+            except UnicodeDecodeError as error:
+                raise UserError(f'{path} is not UTF-8 text (it has the byte {error.object[error.start]:#x}): convert it, '
+                                'e.g. iconv -f latin1 -t utf-8') from None
+            except (OSError, EOFError, ValueError, zlib.error) as error:
+                raise UserError(f'{path} cannot be read: {error}') from None
+            done += os.path.getsize(path)
+    progress(done, finished=True)
+
+
+def read_file(f, path):
+    kind = path.removesuffix('.gz').rpartition('.')[2]
+    if kind == 'parquet':
+        try:
+            import pyarrow.parquet
+        except ImportError:
+            raise UserError(f'{path}: reading parquet needs one more package: pip install pyarrow') from None
+        table = pyarrow.parquet.ParquetFile(f)
+        if 'text' not in table.schema.names:
+            raise UserError(f'{path} has no column "text", only {", ".join(table.schema.names)}')
+        for batch in table.iter_batches(columns=['text']):
+            for text in batch['text'].to_pylist():
+                yield text or '', True
+        return
+    lines = io.TextIOWrapper(f, 'utf-8-sig')
+    if kind == 'jsonl':
+        for number, line in enumerate(lines, 1):
+            try:
+                text = json.loads(line)['text'].encode('utf-8', 'replace').decode()  # JSON can hold half characters
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise UserError(f'{path}, line {number}: not a JSON object with a "text" field') from None
+            yield text, True
+        return
+    rest = ''
+    while text := lines.read(1 << 20):
+        text = rest + text
+        cut = max((m.start() for m in CUT.finditer(text, max(0, len(text) - 1000))), default=0)
+        yield text[:cut], False
+        rest = text[cut:]
+    yield rest, True
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bins.
+
+def prepare(dataset, source='', tokenizer='', vocab_size=4096, val_fraction=0.1):
+    """Write train.bin, val.bin and meta.json for a dataset: a row of DATASETS or any other text. Returns meta."""
+    row, folder = DATASETS.get(dataset, {}), os.path.join(DATA, dataset)
+    source, tokenizer = source or row.get('source'), tokenizer or row.get('tokenizer', 'gpt2')
+    if not source:
+        raise UserError(f'dataset={dataset!r} is not one of {", ".join(DATASETS)}: say where its text is with '
+                        '--source=FILE_OR_FOLDER_OR_URL')
+    if not 0 < val_fraction < 1:
+        raise UserError(f'val_fraction={val_fraction}: a part of the text between 0 and 1, such as 0.1')
+    files = locate(source, folder)
+    if not any(map(os.path.getsize, files)):
+        raise UserError(f'source={source!r} is empty: there is no text in it')
+    spec = make_spec(tokenizer, files, vocab_size)
+    tok = get_tokenizer(spec)
+    if tok.n_vocab > 65536:
+        raise UserError(f'the tokenizer has {tok.n_vocab:,} tokens; bins hold ids of 16 bits: at most 65,536')
+    dtype = np.dtype('uint8' if tok.n_vocab <= 256 else '<u2')
+
+    os.makedirs(folder, exist_ok=True)
+    paths = [os.path.join(folder, name) for name in ('train.bin', 'val.bin', 'meta.json')]
+    train, val, meta = [path + '.tmp' for path in paths]  # nothing has its final name before all of it is there
+    separator = [] if tok.eot is None else [tok.eot]
+    n, starts, between = 0, array('q'), False  # tokens so far; where documents start; whether one has just ended
+    with open(train, 'wb') as f, ThreadPoolExecutor() as pool:
+        pieces = read(files, 'tokens')
+        while some := list(islice(pieces, 64)):  # tiktoken works outside Python's lock, so threads use every core
+            for ids, (_, ends) in zip(pool.map(tok.encode, [text for text, _ in some]), some):
+                if between and len(ids):
+                    ids, between = np.concatenate((separator, ids)), False
+                    starts.append(n + len(separator))
+                f.write(ids.astype(dtype).tobytes())
+                n, between = n + len(ids), between or ends
+    if n < 2:
+        raise UserError(f'source={source!r} is {n} tokens long: there is nothing to learn in it')
+    n_val = max(1, round(n * val_fraction))
+    nearest = min(starts, key=lambda start: abs(n - n_val - start), default=0)
+    if abs(n - n_val - nearest) <= n_val / 2:  # better between two documents than in the middle of one
+        n_val = n - nearest
+    with open(train, 'r+b') as f, open(val, 'wb') as out:
+        f.seek((n - n_val) * dtype.itemsize)
+        shutil.copyfileobj(f, out)
+        f.truncate((n - n_val) * dtype.itemsize)
+    facts = dict(tokenizer=spec, vocab_size=tok.n_vocab, dtype=dtype.name, train_tokens=n - n_val, val_tokens=n_val,
+                 source=source, source_sha256=sha256(files))
+    with open(meta, 'w', encoding='utf-8') as f:
+        json.dump(facts, f)
+    for path in paths:
+        os.replace(path + '.tmp', path)
+    print(f'{folder}: {n - n_val:,} tokens to train on, {n_val:,} for validation, vocabulary {tok.n_vocab:,} '
+          f'({tokenizer}), {dtype.name}')
+    return facts
+
+
+def sha256(files):
+    digest = hashlib.sha256()
+    for path in files:
+        with open(path, 'rb') as f:
+            while block := f.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def load_dataset(dataset):
+    """A prepared dataset's meta and its two bins' paths, checked: sizes as meta says, every id within the vocabulary."""
+    folder, again = os.path.join(DATA, dataset), f'run python prepare.py --dataset={dataset}'
+    if dataset not in DATASETS:
+        again += ' --source=FILE_OR_FOLDER_OR_URL'
+    try:
+        with open(os.path.join(folder, 'meta.json'), encoding='utf-8') as f:
+            meta = json.load(f)
+        dtype, n_vocab, spec = np.dtype(meta['dtype']), meta['vocab_size'], meta['tokenizer']['type']
+        expected = {split: meta[f'{split}_tokens'] for split in ('train', 'val')}
+    except FileNotFoundError:
+        raise UserError(f'{folder} is not prepared (no meta.json): {again}') from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f'{folder}/meta.json is damaged ({type(error).__name__}: {error}): {again}') from None
+    if dtype != ('uint8' if n_vocab <= 256 else 'uint16'):
+        raise UserError(f'{folder}/meta.json says {dtype}, but {n_vocab} ids are kept otherwise: {again}')
+    bins = {split: os.path.join(folder, f'{split}.bin') for split in expected}
+    for split, path in bins.items():
+        size = os.path.getsize(path) if os.path.exists(path) else 0
+        if size != expected[split] * dtype.itemsize:
+            raise UserError(f'{path} holds {size:,} bytes but meta.json says {expected[split] * dtype.itemsize:,} '
+                            f'({dtype} x {expected[split]:,} tokens): {again}')
+        for start in range(0, expected[split], 1 << 26):  # in parts, each mapped anew: mapped pages count as memory
+            ids = np.memmap(path, dtype, 'r')[start:start + (1 << 26)]
+            if ids.max() >= n_vocab:
+                raise UserError(f'{path} holds the id {ids.max()} at or after token {start:,}, beyond the vocabulary of '
+                                f'{n_vocab:,}: {again}')
+    return meta, bins
+
+
+if __name__ == '__main__':
+    configure(globals())
+    prepare(dataset, source, tokenizer, vocab_size, val_fraction)

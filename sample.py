@@ -1,0 +1,114 @@
+"""
+Write text with a model.
+
+$ python sample.py --out_dir=out-shakespeare                      # the best model of a run
+$ python sample.py --out_dir=out --start="To be" --num_samples=1 --temperature=0.5
+$ cat prompt.txt | python sample.py --init_from=out/ckpt.pt --start=- --stop=END
+
+The text goes to stdout, everything else to stderr.
+"""
+import codecs
+import os
+import signal
+import sys
+import time
+
+import torch
+
+from configurator import UserError, configure, resolve
+from model import GPT, load_checkpoint
+from prepare import get_tokenizer
+
+init_from = 'resume'   # 'resume': the model in out_dir, best.pt or else ckpt.pt; or the path of a checkpoint
+out_dir = 'out'        # where a run has left its checkpoints
+start = '\n'           # the beginning to go on from; FILE:prompt.txt reads a file, - standard input
+num_samples = 3        # how many texts: the first appears as it is written, the others, written beside it, afterwards
+max_new_tokens = 500   # length of each
+temperature = 0.8      # 1: as the model believes, less: more predictable, 0: always the likeliest token
+top_k = 200            # only the k likeliest tokens; 0: all
+top_p = 1.0            # only the likeliest tokens that hold this much probability together; 1: all
+stop = ''              # end a text where this appears in it
+seed = 1337            # another seed, another text
+device = 'auto'        # 'cpu', 'cuda', 'cuda:1', 'mps'; auto: the best there is
+dtype = 'auto'         # of weights and arithmetic: 'float32', 'bfloat16', 'float16'; auto: what the device is good at
+
+
+class Writer:
+    """Bytes of tokens in, whole characters of text out, up to where stop appears."""
+
+    def __init__(self, stop):
+        self.decode, self.held, self.stop, self.ended = codecs.getincrementaldecoder('utf-8')('replace').decode, '', stop, False
+
+    def __call__(self, data, final=False):
+        """The text that can be shown now. What may be the beginning of stop is held back until it is known not to be."""
+        if self.ended:
+            return ''
+        text = self.held + self.decode(data, final)
+        if self.stop and self.stop in text:
+            self.ended = True
+            return text[:text.index(self.stop)]
+        hold = 0 if final else max((n for n in range(len(self.stop)) if text.endswith(self.stop[:n])), default=0)
+        self.held = text[len(text) - hold:]
+        return text[:len(text) - hold]
+
+
+def read_start(start):
+    if start == '-':
+        return sys.stdin.read()
+    if start.startswith('FILE:'):
+        with open(start[5:], encoding='utf-8') as f:
+            return f.read()
+    return start
+
+
+if __name__ == '__main__':
+    configure(globals())
+    device, dtype, _ = resolve(device, dtype)
+    for name, good in (('temperature', temperature >= 0), ('top_k', top_k >= 0), ('top_p', 0 < top_p <= 1),
+                       ('num_samples', num_samples > 0), ('max_new_tokens', max_new_tokens >= 0)):
+        if not good:
+            raise UserError(f'{name}={globals()[name]} makes no sense: see --help')
+    if hasattr(signal, 'SIGPIPE'):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # sample.py | head ends quietly
+
+    path = init_from
+    if init_from == 'resume':
+        best, newest = os.path.join(out_dir, 'best.pt'), os.path.join(out_dir, 'ckpt.pt')
+        path = best if os.path.exists(best) else newest
+    checkpoint = load_checkpoint(path)
+    model = GPT.from_checkpoint(checkpoint, dropout=0.0).to(device, getattr(torch, dtype)).eval()
+    tok = get_tokenizer(checkpoint['tokenizer'])
+    print(f"{path}: step {checkpoint['iter_num']}, val loss {checkpoint['best_val_loss']:.4f}, "
+          f'{model.num_params():,} parameters, on {device} in {dtype}', file=sys.stderr)
+
+    prompt = read_start(start)
+    ids = tok.encode(prompt, special=True).tolist()
+    if not ids:  # a model has to start from something: the end of the text before
+        ids = [tok.eot] if tok.eot is not None else tok.encode('\n').tolist()
+    if len(ids) > model.config.block_size:
+        print(f'the prompt has {len(ids)} tokens, the model sees the last {model.config.block_size}', file=sys.stderr)
+
+    torch.manual_seed(seed)
+    writers = [Writer(stop) for _ in range(num_samples)]
+    texts = [prompt] * num_samples
+    sys.stdout.write(prompt)
+    sys.stdout.flush()
+    begin, steps = time.time(), 0
+    tokens = model.generate(torch.tensor([ids] * num_samples, device=device), max_new_tokens, temperature, top_k, top_p,
+                            vocab_size=tok.n_vocab)
+    for step in tokens:
+        steps += 1
+        for i, token in enumerate(step.tolist()):
+            text = writers[i](tok.decode_bytes([token]))
+            texts[i] += text
+            if i == 0:
+                sys.stdout.write(text)
+                sys.stdout.flush()
+        if all(writer.ended for writer in writers):
+            break
+    seconds = time.time() - begin
+    texts = [text + writer(b'', final=True) for text, writer in zip(texts, writers)]
+    for i, text in enumerate(texts):
+        print(writers[0].held if i == 0 else f'---------------\n{text}')
+    print(f'{steps * num_samples:,} tokens in {seconds:.1f} s: {steps * num_samples / max(seconds, 1e-9):,.0f} tok/s',
+          file=sys.stderr)

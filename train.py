@@ -1,0 +1,414 @@
+"""
+Train a GPT.
+
+$ python train.py config/train_shakespeare.py                                  # from nothing, on the embedded text
+$ python train.py config/train_shakespeare.py --init_from=resume               # go on where it stopped
+$ python train.py --init_from=out/best.pt --out_dir=out-mine --dataset=mine    # finetune a model on another text
+$ torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py       # on 8 GPUs
+$ torchrun --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --master_port=1234 --nproc_per_node=8 train.py ...  # of 2 nodes
+"""
+import functools
+import importlib
+import json
+import math
+import os
+import shlex
+import signal
+import sys
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+from configurator import UserError, configure, resolve
+from model import GPT, GPTConfig, load_checkpoint
+from prepare import DATA, DATASETS, SHAKESPEARE, load_dataset, prepare
+
+# in and out
+out_dir = 'out'                # where ckpt.pt, best.pt and log.jsonl go
+init_from = 'scratch'          # 'scratch', 'resume' (the run in out_dir) or the path of a checkpoint to finetune
+eval_interval = 2000           # steps from one evaluation, and save, to the next
+eval_iters = 200               # batches in an evaluation, at most
+eval_only = False              # evaluate once and leave
+log_interval = 1               # steps from one log line to the next
+always_save_checkpoint = True  # False: at evaluations save ckpt.pt only when the val loss has improved
+wandb_log = False              # also log to Weights & Biases
+wandb_project = 'owt'
+wandb_run_name = 'gpt2'
+tensorboard_log = False        # also log to TensorBoard, in out_dir
+# data
+dataset = 'openwebtext'        # a folder in data/ that prepare.py wrote, or an absolute path
+batch_size = 12                # windows in a micro-batch of one process
+block_size = 1024              # tokens in a window
+gradient_accumulation_steps = 5 * 8  # micro-batches in a step, over all processes together
+# model
+n_layer = 12
+n_head = 12
+n_embd = 768
+dropout = 0.0                  # 0 for pretraining; 0.1 and more for finetuning and for texts read many times
+bias = False                   # biases in linear layers and LayerNorms
+rope = False                   # rotary positions instead of learned ones
+qk_norm = False                # normalised queries and keys
+relu2 = False                  # squared ReLU instead of GELU
+# optimizer
+learning_rate = 6e-4           # at its highest
+max_iters = 600000             # steps to train
+weight_decay = 1e-1            # of matrices; vectors never decay
+beta1 = 0.9
+beta2 = 0.95
+grad_clip = 1.0                # longest gradient; 0: any
+decay_lr = True                # False: constant after the warmup
+lr_schedule = 'cosine'         # 'cosine': half a wave down to min_lr; 'linear': straight down to zero
+warmup_iters = 2000            # steps in which the learning rate rises
+lr_decay_iters = 600000        # step at which its decay ends, usually max_iters
+min_lr = 6e-5                  # where cosine ends, usually a tenth of learning_rate
+# system
+seed = 1337                    # of initial weights, order of the data and dropout
+device = 'auto'                # 'cpu', 'cuda', 'cuda:1', 'mps'; auto: the best there is
+dtype = 'auto'                 # of the arithmetic: 'float32', 'bfloat16', 'float16'; auto: what the device is good at
+compile = 'auto'               # torch.compile: True, False; auto: on CUDA
+backend = 'nccl'               # how CUDA devices talk under torchrun; CPUs always use gloo
+
+# dense bfloat16 (float16 where older) peak in TFLOPs by device name, from the makers' data sheets; the first that fits
+PEAK = {'B200': 2250, 'H200': 989, 'H100 PCIe': 756, 'H100': 989, 'A100': 312, 'L40S': 362, 'L4': 121, 'A10': 125,
+        'V100': 125, 'T4': 65, 'RTX 4090': 165, 'RTX 3090': 71}
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_windows(n_tokens, block_size, seed, epoch):
+    """Where the windows of one epoch start: side by side from a random offset, in random order."""
+    rng = np.random.default_rng((seed, epoch))
+    count = max(1, n_tokens // block_size - 1)
+    offset = rng.integers(n_tokens - count * block_size)
+    return offset + block_size * rng.permutation(count)
+
+
+def train_starts(n_tokens, block_size, seed, first, count):
+    """Where windows first, first + 1, ... of the endless sequence of epochs start."""
+    per_epoch = max(1, n_tokens // block_size - 1)
+    epoch, place = np.divmod(np.arange(first, first + count), per_epoch)
+    return np.concatenate([epoch_windows(n_tokens, block_size, seed, e)[place[epoch == e]] for e in np.unique(epoch)])
+
+
+def get_windows(path, dtype, starts, block_size, device):
+    """The windows that start there, and the same shifted by one: inputs and targets, (len(starts), block_size)."""
+    data = np.memmap(path, dtype, 'r')  # mapped anew each time: pages once read would count as this process's memory
+    ids = torch.from_numpy(data[starts[:, None] + np.arange(block_size + 1)].astype(np.int64))
+    if device.startswith('cuda'):
+        ids = ids.pin_memory()  # so that the copy runs beside the computation
+    ids = ids.to(device, non_blocking=True)
+    return ids[:, :-1], ids[:, 1:]
+
+
+def get_lr(step, peak, warmup, decay_end, min_lr, schedule):
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    left = 1 - min(1, (step - warmup) / max(1, decay_end - warmup))  # from 1 down to 0
+    if schedule == 'linear':
+        return peak * left
+    return min_lr + (peak - min_lr) * (1 - math.cos(math.pi * left)) / 2
+
+
+def train_step(model, optimizer, scaler, batches, grad_clip, autocast):
+    """One step on a list of micro-batches. Returns their mean loss and the gradient's norm, both still on the device."""
+    total = 0
+    for i, (x, y) in enumerate(batches):
+        if isinstance(model, DDP):  # gradients are exchanged once, after the last micro-batch
+            model.require_backward_grad_sync = i == len(batches) - 1
+        with autocast:
+            loss = model(x, y)[1] / len(batches)
+        scaler.scale(loss).backward()
+        total += loss.detach()
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return total, norm
+
+
+@torch.no_grad()
+def evaluate(model, batches, autocast):
+    """Sum of the losses of some batches, if any."""
+    model.eval()
+    losses = [torch.zeros(())]
+    for x, y in batches:
+        with autocast:
+            losses.append(model(x, y)[1])
+    model.train()
+    return torch.stack([loss.cpu() for loss in losses]).double().sum()
+
+
+def compile_model(model, batch, autocast, demanded):
+    """The compiled model; where compiling fails and nobody demanded it, why, and the model as it is."""
+    fast = torch.compile(model)
+    try:
+        with autocast:
+            fast(*batch)[1].backward()  # compiling happens at the first use
+    except Exception as error:
+        reason = str(error).strip().split('\n')[0]
+        if demanded:
+            raise UserError(f'compile=True, but torch.compile failed ({reason}): leave it out or mend that') from error
+        print(f'torch.compile failed ({reason}): going on without it')
+        return model
+    model.zero_grad(set_to_none=True)
+    return fast
+
+
+def save(checkpoint, path):
+    """Write a checkpoint so that at any moment, power cuts included, path is either the old one or the new one, whole."""
+    with open(path + '.tmp', 'wb') as f:
+        torch.save(checkpoint, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(path + '.tmp', path)
+    if os.name == 'posix':
+        folder = os.open(os.path.dirname(path) or '.', os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+
+def optional_import(name, setting):
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise UserError(f"{setting}=True needs one more package: pip install {name.rpartition('.')[2]}") from None
+
+
+def set_aside(out_dir):
+    """Move an earlier run's files from out_dir into a folder within it."""
+    files = [name for name in ('ckpt.pt', 'best.pt', 'log.jsonl') if os.path.exists(os.path.join(out_dir, name))]
+    if files:
+        number = 1
+        while os.path.exists(earlier := os.path.join(out_dir, f'earlier-{number}')):
+            number += 1
+        os.mkdir(earlier)
+        for name in files:
+            os.rename(os.path.join(out_dir, name), os.path.join(earlier, name))
+        print(f'{out_dir} holds an earlier run: moved to {earlier}')
+
+
+def cut_log(path, iter_num):
+    """Drop what the log says of steps from iter_num on: they will be taken again."""
+    if os.path.exists(path):
+        with open(path, encoding='utf-8') as f:
+            kept = [line for line in f if line.endswith('\n') and json.loads(line)['iter'] < iter_num]
+        with open(path + '.tmp', 'w', encoding='utf-8') as f:
+            f.writelines(kept)
+        os.replace(path + '.tmp', path)
+
+
+if __name__ == '__main__':
+    config = configure(globals())
+    demanded = compile is True
+    device, dtype, compile = resolve(device, dtype, compile)
+    device_type = device.partition(':')[0]
+    autocast = torch.autocast(device_type, getattr(torch, dtype), enabled=dtype != 'float32')
+    torch.set_float32_matmul_precision('high')  # TF32 where there is such a thing
+
+    # one process, or one of many that torchrun started
+    ddp, rank, world = 'RANK' in os.environ, int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    if ddp:
+        if device_type == 'cuda':
+            torch.cuda.set_device(device)
+        else:  # torchrun gives each process one thread
+            torch.set_num_threads(max(1, os.cpu_count() // int(os.environ['LOCAL_WORLD_SIZE'])))
+        dist.init_process_group(f'cpu:gloo,cuda:{backend}' if device_type == 'cuda' else 'gloo')
+    say = print if rank == 0 else lambda *args, **kwargs: None
+    if gradient_accumulation_steps % world:
+        raise UserError(f'gradient_accumulation_steps={gradient_accumulation_steps} must be a multiple of the {world} '
+                        f'processes: use {math.ceil(gradient_accumulation_steps / world) * world}')
+    micro_steps = gradient_accumulation_steps // world
+    tokens_per_step = gradient_accumulation_steps * batch_size * block_size
+
+    # data
+    embedded = DATASETS.get(dataset, {}).get('source') == SHAKESPEARE
+    if rank == 0 and embedded and not os.path.exists(os.path.join(DATA, dataset, 'meta.json')):
+        prepare(dataset)
+    if ddp:
+        dist.barrier()
+    meta, bins = load_dataset(dataset)
+    for split, path in bins.items():
+        if meta[f'{split}_tokens'] <= block_size:
+            raise UserError(f"{path} holds {meta[f'{split}_tokens']:,} tokens, less than a window of block_size={block_size}"
+                            ' and its next token: take a longer text or a smaller block_size')
+
+    def batches(step):
+        """This process's micro-batches of a step: its slice of the global batch, which any number of processes share."""
+        first = (step * gradient_accumulation_steps + rank * micro_steps) * batch_size
+        starts = train_starts(meta['train_tokens'], block_size, seed, first, micro_steps * batch_size)
+        return [get_windows(bins['train'], meta['dtype'], part, block_size, device)
+                for part in starts.reshape(micro_steps, batch_size)]
+
+    def eval_loss(split):
+        """Mean loss over windows spread evenly over the split, the same every time; each process takes its share."""
+        n = meta[f'{split}_tokens']
+        count = max(1, min(eval_iters, (n - 1) // block_size // batch_size))
+        starts = np.linspace(0, n - block_size - 1, count * batch_size).astype(np.int64).reshape(count, batch_size)
+        total = evaluate(fast, (get_windows(bins[split], meta['dtype'], part, block_size, device)
+                                for part in starts[rank::world]), autocast)
+        if ddp:
+            dist.all_reduce(total)
+        return total.item() / count
+
+    # model
+    torch.manual_seed(seed)
+    iter_num, best_val_loss, checkpoint = 0, math.inf, None
+    shape = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size, bias=bias, rope=rope,
+                 qk_norm=qk_norm, relu2=relu2)
+    if init_from == 'scratch':
+        padded = math.ceil(meta['vocab_size'] / 64) * 64  # a multiple of 64 is what matrix units like
+        raw_model = GPT(GPTConfig(**shape, vocab_size=padded, dropout=dropout))
+    else:
+        path = os.path.join(out_dir, 'ckpt.pt') if init_from == 'resume' else init_from
+        checkpoint = load_checkpoint(path)
+        there = checkpoint['model_args']
+        if checkpoint['tokenizer'] != meta['tokenizer']:
+            raise UserError(f"{path} knows the tokenizer of another text ({checkpoint['tokenizer']['type']}, vocabulary "
+                            f"{there['vocab_size']}) than dataset={dataset} ({meta['tokenizer']['type']}, "
+                            f"{meta['vocab_size']}): use the dataset it was trained on")
+        if init_from == 'resume':
+            other = [f'{k}={v} ({there[k]} there)' for k, v in shape.items() if k in there and there[k] != v]
+            if other:
+                raise UserError(f"{path} is of another shape: {', '.join(other)}: resume with the run's own settings, "
+                                f'or start from its weights with --init_from={path}')
+            iter_num, best_val_loss = checkpoint['iter_num'], checkpoint['best_val_loss']
+        if block_size > there['block_size']:
+            raise UserError(f"block_size={block_size} is beyond the {there['block_size']} positions of {path}: "
+                            f"use --block_size={there['block_size']}")
+        raw_model = GPT.from_checkpoint(checkpoint, dropout=dropout)
+        raw_model.crop_block_size(block_size)
+    raw_model.to(device)
+    optimizer = raw_model.configure_optimizer(weight_decay, learning_rate, (beta1, beta2))
+    scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
+    if init_from == 'resume':
+        optimizer.load_state_dict(checkpoint['optimizer'])
+        scaler.load_state_dict(checkpoint['scaler'])
+        changed = [f'{k} {v} -> {config[k]}' for k, v in checkpoint['config'].items()
+                   if k in config and config[k] != v and k != 'init_from']
+        say(f'resuming {path} at step {iter_num}' + (f"; settings changed: {', '.join(changed)}" if changed else ''))
+    checkpoint = None  # free its memory
+    fast = raw_model  # raw_model owns the weights and is saved, fast is compiled and evaluated, model is trained
+    if compile:
+        say('compiling the model (compile=False goes without)')
+        fast = compile_model(raw_model, batches(iter_num)[0], autocast, demanded)
+    model = DDP(fast, device_ids=[device] if device_type == 'cuda' else None, gradient_as_bucket_view=True) if ddp else fast
+    flops_per_step = raw_model.flops_per_token() * tokens_per_step
+    name = torch.cuda.get_device_name(device) if device_type == 'cuda' else ''
+    peak = next((tflops * 1e12 * world for key, tflops in PEAK.items() if key in name and dtype != 'float32'), None)
+    say(f'{raw_model.num_params():,} parameters on {name or device} in {dtype}, {world} process{"es" * (world > 1)}, '
+        f'{tokens_per_step:,} tokens a step, {meta["train_tokens"] / tokens_per_step:,.1f} steps an epoch')
+
+    # output
+    if rank == 0 and not eval_only:
+        os.makedirs(out_dir, exist_ok=True)
+        if init_from != 'resume':
+            set_aside(out_dir)
+        log_path = os.path.join(out_dir, 'log.jsonl')
+        cut_log(log_path, iter_num)
+        log_file = open(log_path, 'a', buffering=1, encoding='utf-8')
+        if wandb_log:
+            wandb = optional_import('wandb', 'wandb_log')
+            wandb.init(project=wandb_project, name=wandb_run_name, config=config)
+        if tensorboard_log:
+            tensorboard = optional_import('torch.utils.tensorboard', 'tensorboard_log').SummaryWriter(out_dir)
+
+    def log(**values):
+        if rank == 0 and not eval_only:
+            log_file.write(json.dumps(dict(iter=iter_num, **values)) + '\n')
+            if wandb_log:
+                wandb.log(values, step=iter_num)
+            if tensorboard_log:
+                for key, value in values.items():
+                    tensorboard.add_scalar(key, value, iter_num)
+
+    def save_as(name, **state):
+        if rank == 0:
+            save(dict(model=raw_model.state_dict(), model_args=vars(raw_model.config), iter_num=iter_num,
+                      best_val_loss=best_val_loss, config=config, tokenizer=meta['tokenizer'], **state),
+                 os.path.join(out_dir, name))
+
+    def save_all():
+        save_as('ckpt.pt', optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+
+    def check_finite(loss, what):
+        if not math.isfinite(loss):
+            raise UserError(f'{what} is {loss} at step {iter_num}: nothing was saved since the last evaluation; go on from '
+                            'there with --init_from=resume and a lower learning_rate')
+
+    signals = []  # SIGINT or SIGTERM, waiting for the end of a step
+
+    def on_signal(number, frame):
+        signals.append(number)
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+
+    # training
+    model.train()
+    ready = batches(iter_num)
+    since, logged_iter = time.time(), iter_num
+    while True:
+        if iter_num % eval_interval == 0 or iter_num >= max_iters or eval_only:
+            losses = {split: eval_loss(split) for split in ('train', 'val')}
+            say(f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}", flush=True)
+            log(train_loss=losses['train'], val_loss=losses['val'])
+            if eval_only:
+                break
+            check_finite(losses['val'], 'val loss')
+            better = losses['val'] < best_val_loss
+            if iter_num > 0 and better:
+                best_val_loss = losses['val']
+                save_as('best.pt')
+            if iter_num > 0 and (better or always_save_checkpoint or iter_num >= max_iters):
+                save_all()
+            since, logged_iter = time.time(), iter_num
+        if iter_num >= max_iters:
+            break
+
+        lr = learning_rate
+        if decay_lr:
+            lr = get_lr(iter_num, learning_rate, warmup_iters, lr_decay_iters, min_lr, lr_schedule)
+        for group in optimizer.param_groups:
+            group['lr'] = lr
+        if dropout:  # what is dropped in a step depends on the step alone, so a resumed run goes on as if never stopped
+            torch.manual_seed(int(np.random.SeedSequence((seed, iter_num, rank)).generate_state(1)[0]))
+        loss, norm = train_step(model, optimizer, scaler, ready, grad_clip, autocast)
+        ready = batches(iter_num + 1)  # while a GPU is still busy with this step
+
+        if iter_num % log_interval == 0:
+            loss = loss.cpu() / world  # waits for the device; the mean over all processes' micro-batches
+            if ddp:
+                dist.all_reduce(loss)
+            loss, now = loss.item(), time.time()
+            seconds = (now - since) / (iter_num + 1 - logged_iter)
+            since, logged_iter = now, iter_num + 1
+            rate = tokens_per_step / seconds
+            mfu = f', mfu {flops_per_step / seconds / peak:.2%}' if peak else ''
+            eta = time.strftime('%H:%M:%S', time.gmtime(seconds * (max_iters - iter_num - 1)))
+            say(f'iter {iter_num}: loss {loss:.4f}, time {seconds * 1000:.2f}ms{mfu}, lr {lr:.2e}, norm {norm:.2f}, '
+                f'{rate:,.0f} tok/s, eta {eta}', flush=True)
+            log(loss=loss, lr=lr, grad_norm=norm.item(), time_ms=seconds * 1000, tokens_per_second=rate)
+            check_finite(loss, 'loss')
+        iter_num += 1
+
+        stop = torch.tensor(signals[0] if signals else 0)
+        if ddp:  # one was told to stop: all stop, at the same step
+            dist.all_reduce(stop, dist.ReduceOp.MAX)
+        if stop:
+            save_all()
+            command = shlex.join([a for a in sys.argv if not a.startswith('--init_from=')] + ['--init_from=resume'])
+            say(f"stopped by {signal.Signals(stop.item()).name} at step {iter_num}, saved {out_dir}/ckpt.pt. Go on with\n"
+                f"{'torchrun ...' if ddp else 'python'} {command}")
+            break
+
+    if iter_num >= max_iters and not eval_only:
+        say(f'best val loss {best_val_loss:.4f}, its weights in {out_dir}/best.pt. See what it writes with\n'
+            f'python {shlex.join([sys.argv[0].replace("train.py", "sample.py"), f"--out_dir={out_dir}"])}')
+    if ddp:
+        dist.destroy_process_group()
+    if signals:
+        sys.exit(128 + signals[0])
