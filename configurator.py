@@ -69,7 +69,7 @@ def _typed(name, value, default, where):
     """value, the text of an argument or an object from a file, as the type of default."""
     kind, found = type(default), value
     try:
-        if kind is bool or (default == 'auto' and str(value).lower() in ('true', 'false')):  # 'auto' may be settled by a bool
+        if kind is bool or default == 'auto' and str(value).lower() in ('true', 'false'):  # a bool settles 'auto' too
             return TRUTH[str(value)]
         if isinstance(value, bool):
             raise TypeError

@@ -7,6 +7,7 @@ $ python model.py                                       # GPT-2 124M
 $ python model.py --n_layer=24 --n_head=16 --n_embd=1024 --batch_size=4
 """
 import math
+import os
 import re
 from dataclasses import dataclass
 
@@ -48,8 +49,8 @@ def rotate(x, rotation):
 
 
 class CausalSelfAttention(nn.Module):
-    """The one place where tokens look at each other. Each token asks a question (query); every token before it, and
-    itself, offers a label (key) and a content (value). How well query and key match decides how much of the value flows:
+    """The one place where tokens look at each other. Each token asks a question (query); it and every token before it
+    offer a label (key) and a content (value). How well query and key match decides how much of the value flows:
     softmax(q k^T / sqrt(head size)) v. Several heads do this side by side, each in its own share of the channels."""
 
     def __init__(self, config):
@@ -61,7 +62,7 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, rotation=None, cache=None, start=0):
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, heads, T, hs)
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # each (B, heads, T, head size)
         if self.qk_norm:
             q, k = F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:])
         if rotation is not None:
@@ -130,13 +131,14 @@ class GPT(nn.Module):
 
     def hidden(self, idx, cache=None, start=0):
         """Ids (B, T), the first of them at position start, to the final normalised stream (B, T, C)."""
-        position = torch.arange(start, start + idx.shape[1], device=idx.device)
-        assert start + idx.shape[1] <= self.config.block_size, f'{start + idx.shape[1]} tokens in {self.config.block_size}'
+        end = start + idx.shape[1]
+        assert end <= self.config.block_size, f'{end} tokens do not fit block_size={self.config.block_size}'
+        position = torch.arange(start, end, device=idx.device)
         x, rotation = self.transformer.wte(idx), None  # (B, T, C)
         if self.config.rope:
             half = self.config.n_embd // self.config.n_head // 2
             speed = 10000 ** (-torch.arange(half, device=idx.device) / half)
-            angle = position[:, None] * speed  # (T, hs / 2): fast turning pairs tell neighbours apart, slow ones chapters
+            angle = position[:, None] * speed  # (T, hs / 2): fast pairs tell neighbours apart, slow ones pages
             rotation = angle.cos(), angle.sin()
         else:
             x = x + self.transformer.wpe(position)
@@ -162,9 +164,10 @@ class GPT(nn.Module):
         Keys and values of the tokens so far are cached, so a step costs one token. When the window of block_size is
         full, the more recent half of it is read anew as the start of the next window, and so on."""
         assert not self.training, 'call model.eval() first: dropout is on'
-        size, heads, weight = self.config.block_size, self.config.n_head, self.lm_head.weight
-        cache = [weight.new_empty(2, len(idx), heads, min(size, idx.shape[1] + max_new_tokens), weight.shape[1] // heads)
-                 for _ in self.transformer.h]  # one tensor per layer: (keys and values, B, heads, T, hs)
+        size, heads, width = self.config.block_size, self.config.n_head, self.config.n_embd
+        length = min(size, idx.shape[1] + max_new_tokens)
+        cache = [self.lm_head.weight.new_empty(2, len(idx), heads, length, width // heads)  # a layer's keys and values
+                 for _ in self.transformer.h]
         window = unread = idx[:, -size:]
         start, ended = 0, torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
         for _ in range(max_new_tokens):
@@ -235,19 +238,16 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None):
 
 def load_checkpoint(path):
     """What train.py saved: a dict of plain values and tensors, on the CPU. Loading it cannot run code."""
-    try:
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-        weights, shape = checkpoint['model'], checkpoint['model_args']
-        for key in list(weights):  # left by compiled models in other people's checkpoints
-            weights[key.removeprefix('_orig_mod.')] = weights.pop(key)
-        shape['n_layer'], shape['vocab_size'], checkpoint['tokenizer']['type'], checkpoint['iter_num']
-    except FileNotFoundError:
-        raise UserError(f'{path}: there is no such checkpoint; python train.py makes one') from None
-    except OSError:
-        raise
-    except Exception as error:  # torch.load has many ways to say that a file is damaged
-        reason = str(error).strip().split('\n')[0]
-        raise UserError(f'{path} is damaged or not a checkpoint ({type(error).__name__}: {reason})') from error
+    if not os.path.exists(path):
+        raise UserError(f'{path}: there is no such checkpoint; python train.py makes one')
+    with open(path, 'rb') as f:
+        try:
+            checkpoint = torch.load(f, map_location='cpu', weights_only=True)
+            for part, key in (('model', 'lm_head.weight'), ('model_args', 'n_layer'), ('tokenizer', 'type')):
+                checkpoint[part][key]
+        except Exception as error:  # torch.load has many ways to say that a file is damaged
+            reason = str(error).strip().split('\n')[0]
+            raise UserError(f'{path} is damaged or not a checkpoint ({type(error).__name__}: {reason})') from error
     return checkpoint
 
 

@@ -25,7 +25,7 @@ import zlib
 from array import array
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from itertools import islice, pairwise
 
 import numpy as np
 import requests
@@ -51,7 +51,7 @@ DATASETS = {
 
 END_OF_TEXT = '<|endoftext|>'
 
-# How a text is split before pairs are merged, after GPT-4: words with the space before them, digits by threes, the rest.
+# How text is split before pairs are merged, after GPT-4: words with the space before them, digits by threes, the rest.
 # Marks (\p{M}) belong to words, or Nepali would fall apart at every vowel sign.
 SPLIT = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+|\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
          r"|\s*[\r\n]|\s+(?!\S)|\s+")
@@ -59,6 +59,7 @@ SPLIT = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+|\p{N}{1,3}
 # A letter ends its token in every such split where space or punctuation follows: a long text can be cut there and
 # its parts encoded one by one, with the same ids as the whole.
 CUT = re.compile(r'(?<=[^\W\d_])(?=[\s!-/:-@，。、！？；：…—])')
+CHUNK = 1 << 20  # characters of it at a time
 
 
 class CharTokenizer:
@@ -139,11 +140,9 @@ def get_tokenizer(spec):
         try:
             return BPETokenizer(tiktoken.get_encoding('gpt2'))
         except (requests.RequestException, OSError) as error:
-            raise UserError(
-                f"GPT-2's tokenizer is fetched once by tiktoken, and that failed ({type(error).__name__}). With a network, "
-                "run this again; without, set TIKTOKEN_CACHE_DIR to a folder copied from a machine where "
-                "TIKTOKEN_CACHE_DIR=folder python -c \"import tiktoken; tiktoken.get_encoding('gpt2')\" was run; "
-                "or take another: --tokenizer=bpe or --tokenizer=char") from error
+            raise UserError(f"GPT-2's tokenizer could not be downloaded ({type(error).__name__}); tiktoken does that once: "
+                            'run this with a network, or set TIKTOKEN_CACHE_DIR to a folder that tiktoken has filled on '
+                            'another machine, or train a tokenizer here with --tokenizer=bpe') from error
     raise UserError(f"tokenizer {spec['type']!r}: choose char, gpt2, bpe or sp:FILE.model")
 
 
@@ -158,7 +157,7 @@ def make_spec(tokenizer, files, vocab_size):
     if kind == 'bpe':
         import regex  # which tiktoken depends on: the same syntax as its own
         if vocab_size < 258:
-            raise UserError(f'vocab_size={vocab_size}: a bpe has the 256 bytes and {END_OF_TEXT} before the first merge')
+            raise UserError(f'vocab_size={vocab_size}: a bpe starts from 256 bytes and {END_OF_TEXT}, so at least 258')
         words, learned = Counter(), 0
         for text, _ in read(files, 'words'):
             words.update(regex.findall(SPLIT, text))
@@ -182,7 +181,7 @@ def train_bpe(words, n_merges):
     sequences = [(list(word.encode('utf-8', 'replace')), n) for word, n in sorted(words.items())]
     counts, places = Counter(), defaultdict(set)  # of each pair: how often, and in which words
     for i, (ids, n) in enumerate(sequences):
-        for pair in zip(ids, ids[1:]):
+        for pair in pairwise(ids):
             counts[pair] += n
             places[pair].add(i)
     heap = [(-n, pair) for pair, n in counts.items()]
@@ -208,9 +207,9 @@ def train_bpe(words, n_merges):
                 found = ids[at] == pair[0] and at + 1 < len(ids) and ids[at + 1] == pair[1]
                 merged.append(new if found else ids[at])
                 at += 2 if found else 1
-            for old in zip(ids, ids[1:]):
+            for old in pairwise(ids):
                 change[old] -= n
-            for made in zip(merged, merged[1:]):
+            for made in pairwise(merged):
                 change[made] += n
                 places[made].add(i)
             sequences[i] = merged, n
@@ -258,7 +257,7 @@ def download(url, path):
             os.replace(path + '.part', path)
             return
         time.sleep(2 ** attempt / 2)
-    raise UserError(f'{url}: given up after 5 tries ({problem}): run the same command again to go on from where it stopped')
+    raise UserError(f'{url}: given up after 5 tries ({problem}): run the same command again to go on where it stopped')
 
 
 def fetch(url, part, what):
@@ -280,7 +279,7 @@ def fetch(url, part, what):
         total = have + int(reply.headers.get('Content-Length', 0))
         progress = Progress(f'downloading {what}', total, 'MB')
         with open(part, 'ab' if have else 'wb') as f:
-            for block in reply.iter_content(1 << 20):
+            for block in reply.iter_content(1 << 16):  # what a break cuts short is lost
                 f.write(block)
                 progress(f.tell())
             size = f.tell()
@@ -317,8 +316,8 @@ def read(files, what):
             except UserError:
                 raise
             except UnicodeDecodeError as error:
-                raise UserError(f'{path} is not UTF-8 text (it has the byte {error.object[error.start]:#x}): convert it, '
-                                'e.g. iconv -f latin1 -t utf-8') from None
+                raise UserError(f'{path} is not UTF-8 text (byte {error.object[error.start]:#x}): convert it, e.g. '
+                                'with iconv -f latin1 -t utf-8') from None
             except (OSError, EOFError, ValueError, zlib.error) as error:
                 raise UserError(f'{path} cannot be read: {error}') from None
             done += os.path.getsize(path)
@@ -349,7 +348,7 @@ def read_file(f, path):
             yield text, True
         return
     rest = ''
-    while text := lines.read(1 << 20):
+    while text := lines.read(CHUNK):
         text = rest + text
         cut = max((m.start() for m in CUT.finditer(text, max(0, len(text) - 1000))), default=0)
         yield text[:cut], False
@@ -386,7 +385,7 @@ def prepare(dataset, source='', tokenizer='', vocab_size=4096, val_fraction=0.1)
     with open(train, 'wb') as f, ThreadPoolExecutor() as pool:
         pieces = read(files, 'tokens')
         while some := list(islice(pieces, 64)):  # tiktoken works outside Python's lock, so threads use every core
-            for ids, (_, ends) in zip(pool.map(tok.encode, [text for text, _ in some]), some):
+            for ids, (_, ends) in zip(pool.map(tok.encode, [text for text, _ in some]), some, strict=True):
                 if between and len(ids):
                     ids, between = np.concatenate((separator, ids)), False
                     starts.append(n + len(separator))
@@ -423,14 +422,14 @@ def sha256(files):
 
 
 def load_dataset(dataset):
-    """A prepared dataset's meta and its two bins' paths, checked: sizes as meta says, every id within the vocabulary."""
+    """A prepared dataset's meta and the paths of its bins, checked: sizes as meta says, all ids in the vocabulary."""
     folder, again = os.path.join(DATA, dataset), f'run python prepare.py --dataset={dataset}'
     if dataset not in DATASETS:
         again += ' --source=FILE_OR_FOLDER_OR_URL'
     try:
         with open(os.path.join(folder, 'meta.json'), encoding='utf-8') as f:
             meta = json.load(f)
-        dtype, n_vocab, spec = np.dtype(meta['dtype']), meta['vocab_size'], meta['tokenizer']['type']
+        dtype, n_vocab, _ = np.dtype(meta['dtype']), meta['vocab_size'], meta['tokenizer']['type']
         expected = {split: meta[f'{split}_tokens'] for split in ('train', 'val')}
     except FileNotFoundError:
         raise UserError(f'{folder} is not prepared (no meta.json): {again}') from None
@@ -447,8 +446,7 @@ def load_dataset(dataset):
         for start in range(0, expected[split], 1 << 26):  # in parts, each mapped anew: mapped pages count as memory
             ids = np.memmap(path, dtype, 'r')[start:start + (1 << 26)]
             if ids.max() >= n_vocab:
-                raise UserError(f'{path} holds the id {ids.max()} at or after token {start:,}, beyond the vocabulary of '
-                                f'{n_vocab:,}: {again}')
+                raise UserError(f'{path} holds the id {ids.max()}, beyond the vocabulary of {n_vocab:,}: {again}')
     return meta, bins
 
 

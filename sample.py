@@ -37,10 +37,11 @@ class Writer:
     """Bytes of tokens in, whole characters of text out, up to where stop appears."""
 
     def __init__(self, stop):
-        self.decode, self.held, self.stop, self.ended = codecs.getincrementaldecoder('utf-8')('replace').decode, '', stop, False
+        self.stop, self.held, self.ended = stop, '', False
+        self.decode = codecs.getincrementaldecoder('utf-8')('replace').decode
 
     def __call__(self, data, final=False):
-        """The text that can be shown now. What may be the beginning of stop is held back until it is known not to be."""
+        """The text that can be shown now: what may be the beginning of stop is held back until more has come."""
         if self.ended:
             return ''
         text = self.held + self.decode(data, final)
@@ -107,8 +108,8 @@ if __name__ == '__main__':
         if all(writer.ended for writer in writers):
             break
     seconds = time.time() - begin
-    texts = [text + writer(b'', final=True) for text, writer in zip(texts, writers)]
-    for i, text in enumerate(texts):
-        print(writers[0].held if i == 0 else f'---------------\n{text}')
+    for i, writer in enumerate(writers):
+        rest = writer(b'', final=True)
+        print(rest if i == 0 else f'---------------\n{texts[i]}{rest}', flush=True)
     print(f'{steps * num_samples:,} tokens in {seconds:.1f} s: {steps * num_samples / max(seconds, 1e-9):,.0f} tok/s',
           file=sys.stderr)

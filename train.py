@@ -5,7 +5,7 @@ $ python train.py config/train_shakespeare.py                                  #
 $ python train.py config/train_shakespeare.py --init_from=resume               # go on where it stopped
 $ python train.py --init_from=out/best.pt --out_dir=out-mine --dataset=mine    # finetune a model on another text
 $ torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py       # on 8 GPUs
-$ torchrun --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --master_port=1234 --nproc_per_node=8 train.py ...  # of 2 nodes
+$ torchrun --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --master_port=1234 --nproc_per_node=8 train.py ...  # node 0
 """
 import functools
 import importlib
@@ -76,6 +76,17 @@ PEAK = {'B200': 2250, 'H200': 989, 'H100 PCIe': 756, 'H100': 989, 'A100': 312, '
         'V100': 125, 'T4': 65, 'RTX 4090': 165, 'RTX 3090': 71}
 
 
+def peak_flops(device, dtype):
+    """The device's peak, or None where it is not known."""
+    name = torch.cuda.get_device_name(device) if device.startswith('cuda') and dtype != 'float32' else ''
+    return next((tflops * 1e12 for key, tflops in PEAK.items() if key in name), None)
+
+
+def autocast_for(device, dtype):
+    """The context in which matrix products are computed in dtype while weights stay float32."""
+    return torch.autocast(device.partition(':')[0], getattr(torch, dtype), enabled=dtype != 'float32')
+
+
 @functools.lru_cache(maxsize=2)
 def epoch_windows(n_tokens, block_size, seed, epoch):
     """Where the windows of one epoch start: side by side from a random offset, in random order."""
@@ -112,7 +123,7 @@ def get_lr(step, peak, warmup, decay_end, min_lr, schedule):
 
 
 def train_step(model, optimizer, scaler, batches, grad_clip, autocast):
-    """One step on a list of micro-batches. Returns their mean loss and the gradient's norm, both still on the device."""
+    """One step on a list of micro-batches. Returns their mean loss and the gradient's norm, still on the device."""
     total = 0
     for i, (x, y) in enumerate(batches):
         if isinstance(model, DDP):  # gradients are exchanged once, after the last micro-batch
@@ -158,7 +169,7 @@ def compile_model(model, batch, autocast, demanded):
 
 
 def save(checkpoint, path):
-    """Write a checkpoint so that at any moment, power cuts included, path is either the old one or the new one, whole."""
+    """Write a checkpoint so that at any moment, power cuts included, path is the old one or the new one, whole."""
     with open(path + '.tmp', 'wb') as f:
         torch.save(checkpoint, f)
         f.flush()
@@ -205,7 +216,7 @@ if __name__ == '__main__':
     demanded = compile is True
     device, dtype, compile = resolve(device, dtype, compile)
     device_type = device.partition(':')[0]
-    autocast = torch.autocast(device_type, getattr(torch, dtype), enabled=dtype != 'float32')
+    autocast = autocast_for(device, dtype)
     torch.set_float32_matmul_precision('high')  # TF32 where there is such a thing
 
     # one process, or one of many that torchrun started
@@ -232,11 +243,11 @@ if __name__ == '__main__':
     meta, bins = load_dataset(dataset)
     for split, path in bins.items():
         if meta[f'{split}_tokens'] <= block_size:
-            raise UserError(f"{path} holds {meta[f'{split}_tokens']:,} tokens, less than a window of block_size={block_size}"
-                            ' and its next token: take a longer text or a smaller block_size')
+            raise UserError(f"{path} holds {meta[f'{split}_tokens']:,} tokens, too few for a window of block_size="
+                            f'{block_size} and the token after it: take a longer text or a smaller block_size')
 
     def batches(step):
-        """This process's micro-batches of a step: its slice of the global batch, which any number of processes share."""
+        """This process's micro-batches of a step: its slice of the global batch, which is the same for any world."""
         first = (step * gradient_accumulation_steps + rank * micro_steps) * batch_size
         starts = train_starts(meta['train_tokens'], block_size, seed, first, micro_steps * batch_size)
         return [get_windows(bins['train'], meta['dtype'], part, block_size, device)
@@ -266,9 +277,9 @@ if __name__ == '__main__':
         checkpoint = load_checkpoint(path)
         there = checkpoint['model_args']
         if checkpoint['tokenizer'] != meta['tokenizer']:
-            raise UserError(f"{path} knows the tokenizer of another text ({checkpoint['tokenizer']['type']}, vocabulary "
-                            f"{there['vocab_size']}) than dataset={dataset} ({meta['tokenizer']['type']}, "
-                            f"{meta['vocab_size']}): use the dataset it was trained on")
+            raise UserError(f"{path} has another tokenizer ({checkpoint['tokenizer']['type']}, {there['vocab_size']} "
+                            f"ids) than dataset={dataset} ({meta['tokenizer']['type']}, {meta['vocab_size']} ids): "
+                            'use the dataset that it was trained on')
         if init_from == 'resume':
             other = [f'{k}={v} ({there[k]} there)' for k, v in shape.items() if k in there and there[k] != v]
             if other:
@@ -294,11 +305,12 @@ if __name__ == '__main__':
     if compile:
         say('compiling the model (compile=False goes without)')
         fast = compile_model(raw_model, batches(iter_num)[0], autocast, demanded)
-    model = DDP(fast, device_ids=[device] if device_type == 'cuda' else None, gradient_as_bucket_view=True) if ddp else fast
+    model = fast
+    if ddp:
+        model = DDP(fast, device_ids=[device] if device_type == 'cuda' else None, gradient_as_bucket_view=True)
     flops_per_step = raw_model.flops_per_token() * tokens_per_step
-    name = torch.cuda.get_device_name(device) if device_type == 'cuda' else ''
-    peak = next((tflops * 1e12 * world for key, tflops in PEAK.items() if key in name and dtype != 'float32'), None)
-    say(f'{raw_model.num_params():,} parameters on {name or device} in {dtype}, {world} process{"es" * (world > 1)}, '
+    peak = peak_flops(device, dtype)
+    say(f'{raw_model.num_params():,} parameters on {device} in {dtype}, {world} process{"es" * (world > 1)}, '
         f'{tokens_per_step:,} tokens a step, {meta["train_tokens"] / tokens_per_step:,.1f} steps an epoch')
 
     # output
@@ -335,8 +347,8 @@ if __name__ == '__main__':
 
     def check_finite(loss, what):
         if not math.isfinite(loss):
-            raise UserError(f'{what} is {loss} at step {iter_num}: nothing was saved since the last evaluation; go on from '
-                            'there with --init_from=resume and a lower learning_rate')
+            raise UserError(f'{what} is {loss} at step {iter_num}: nothing was saved since the last evaluation; go '
+                            f'on from there with --init_from=resume and a learning_rate below {learning_rate}')
 
     signals = []  # SIGINT or SIGTERM, waiting for the end of a step
 
@@ -387,7 +399,7 @@ if __name__ == '__main__':
             seconds = (now - since) / (iter_num + 1 - logged_iter)
             since, logged_iter = now, iter_num + 1
             rate = tokens_per_step / seconds
-            mfu = f', mfu {flops_per_step / seconds / peak:.2%}' if peak else ''
+            mfu = f', mfu {flops_per_step / seconds / (peak * world):.2%}' if peak else ''
             eta = time.strftime('%H:%M:%S', time.gmtime(seconds * (max_iters - iter_num - 1)))
             say(f'iter {iter_num}: loss {loss:.4f}, time {seconds * 1000:.2f}ms{mfu}, lr {lr:.2e}, norm {norm:.2f}, '
                 f'{rate:,.0f} tok/s, eta {eta}', flush=True)
@@ -401,8 +413,8 @@ if __name__ == '__main__':
         if stop:
             save_all()
             command = shlex.join([a for a in sys.argv if not a.startswith('--init_from=')] + ['--init_from=resume'])
-            say(f"stopped by {signal.Signals(stop.item()).name} at step {iter_num}, saved {out_dir}/ckpt.pt. Go on with\n"
-                f"{'torchrun ...' if ddp else 'python'} {command}")
+            say(f'stopped by {signal.Signals(stop.item()).name} at step {iter_num}, saved {out_dir}/ckpt.pt. '
+                f"Go on with\n{'torchrun ...' if ddp else 'python'} {command}")
             break
 
     if iter_num >= max_iters and not eval_only:

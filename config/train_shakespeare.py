@@ -1,0 +1,10 @@
+out_dir = 'out-shakespeare'
+dataset = 'shakespeare_char'
+gradient_accumulation_steps = 1
+batch_size = 8
+block_size = 128
+n_layer = 4
+n_head = 4
+n_embd = 128
+rope = True
+max_iters = 1800

