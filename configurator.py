@@ -9,6 +9,7 @@ a path: an override file, ordinary Python that sees the current values, may comp
 Whatever a user can mend is raised as UserError and ends the script with one line on stderr and exit code 2.
 """
 import difflib
+import importlib
 import os
 import re
 import sys
@@ -110,6 +111,14 @@ def _print_help(namespace, defaults):
     for name, default in defaults.items():
         comment = re.search(rf'^ *{name}(?:: \w+)? = .*?\s# ?(.*)$', source, re.MULTILINE)
         print(f'  --{name}={default!r:<24}'.ljust(46) + (comment[1] if comment else ''))
+
+
+def optional(module, wanted_for):
+    """Import a package that is not among the requirements."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise UserError(f"{wanted_for} needs one more package: pip install {module.split('.')[0]}") from None
 
 
 def resolve(device, dtype, compile=False):

@@ -189,7 +189,11 @@ class GPT(nn.Module):
     def from_checkpoint(cls, checkpoint, **changes):
         """The model in a checkpoint that load_checkpoint read, with the changes made to its config (dropout, say)."""
         model = cls(GPTConfig(**{**checkpoint['model_args'], **changes}))
-        model.load_state_dict(checkpoint['model'])
+        try:
+            model.load_state_dict(checkpoint['model'])
+        except RuntimeError as error:
+            reason = ' '.join(str(error).split())
+            raise UserError(f"a checkpoint's weights do not fit its model_args: {reason}") from None
         return model
 
     def crop_block_size(self, block_size):
@@ -293,8 +297,9 @@ def explain(config, batch_size, dtype):
     memory = {'weights': 4 * n, 'gradients': 4 * n, 'AdamW': 8 * n, 'activations': activations}
     print(f'\nparameters {n:,}; to train on one token takes {model.flops_per_token() / 1e9:,.3f} GFLOPs, '
           f'on a batch of {batch_size} x {config.block_size} {model.flops_per_token() * tokens / 1e12:,.3f} TFLOPs')
-    print(f'memory to train on that batch in {dtype}: ' + ' + '.join(f'{k} {v / 2**30:.2f}' for k, v in memory.items())
-          + f' = {sum(memory.values()) / 2**30:.2f} GiB')
+    print(f'memory to train on that batch in {dtype}, in MB: '
+          + ' + '.join(f'{what} {size / 1e6:,.1f}' for what, size in memory.items())
+          + f' = {sum(memory.values()) / 1e6:,.1f}')
 
 
 if __name__ == '__main__':

@@ -30,7 +30,7 @@ from itertools import islice, pairwise
 import numpy as np
 import requests
 
-from configurator import UserError, configure
+from configurator import UserError, configure, optional
 
 dataset = 'shakespeare_char'  # the folder in data/ to write: a row of the table below, or a new name with a --source
 source = ''         # where the text is; empty: what the table says
@@ -103,11 +103,7 @@ class BPETokenizer:
 
 class SentencePieceTokenizer:
     def __init__(self, model):
-        try:
-            import sentencepiece
-        except ImportError:
-            raise UserError('a SentencePiece tokenizer needs one more package: pip install sentencepiece') from None
-        self.sp = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self.sp = optional('sentencepiece', 'this tokenizer').SentencePieceProcessor(model_proto=model)
         self.n_vocab = self.sp.get_piece_size()
         self.eot = self.sp.eos_id() if self.sp.eos_id() >= 0 else None
 
@@ -140,9 +136,9 @@ def get_tokenizer(spec):
         try:
             return BPETokenizer(tiktoken.get_encoding('gpt2'))
         except (requests.RequestException, OSError) as error:
-            raise UserError(f"GPT-2's tokenizer could not be downloaded ({type(error).__name__}); tiktoken does that once: "
-                            'run this with a network, or set TIKTOKEN_CACHE_DIR to a folder that tiktoken has filled on '
-                            'another machine, or train a tokenizer here with --tokenizer=bpe') from error
+            raise UserError(f"tiktoken could not download GPT-2's tokenizer, as it does once ({type(error).__name__}): "
+                            'run this with a network, or set TIKTOKEN_CACHE_DIR to a folder that tiktoken has filled '
+                            'elsewhere, or train a tokenizer here with --tokenizer=bpe') from error
     raise UserError(f"tokenizer {spec['type']!r}: choose char, gpt2, bpe or sp:FILE.model")
 
 
@@ -316,10 +312,9 @@ def read(files, what):
             except UserError:
                 raise
             except UnicodeDecodeError as error:
-                raise UserError(f'{path} is not UTF-8 text (byte {error.object[error.start]:#x}): convert it, e.g. '
-                                'with iconv -f latin1 -t utf-8') from None
+                raise UserError(f'{path} is not UTF-8 text ({error}): convert it, e.g. with iconv -t utf-8') from None
             except (OSError, EOFError, ValueError, zlib.error) as error:
-                raise UserError(f'{path} cannot be read: {error}') from None
+                raise UserError(f'{path} is damaged: {error}') from None
             done += os.path.getsize(path)
     progress(done, finished=True)
 
@@ -327,11 +322,7 @@ def read(files, what):
 def read_file(f, path):
     kind = path.removesuffix('.gz').rpartition('.')[2]
     if kind == 'parquet':
-        try:
-            import pyarrow.parquet
-        except ImportError:
-            raise UserError(f'{path}: reading parquet needs one more package: pip install pyarrow') from None
-        table = pyarrow.parquet.ParquetFile(f)
+        table = optional('pyarrow.parquet', path).ParquetFile(f)
         if 'text' not in table.schema.names:
             raise UserError(f'{path} has no column "text", only {", ".join(table.schema.names)}')
         for batch in table.iter_batches(columns=['text']):

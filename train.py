@@ -8,7 +8,6 @@ $ torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py       #
 $ torchrun --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --master_port=1234 --nproc_per_node=8 train.py ...  # node 0
 """
 import functools
-import importlib
 import json
 import math
 import os
@@ -22,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from configurator import UserError, configure, resolve
+from configurator import UserError, configure, optional, resolve
 from model import GPT, GPTConfig, load_checkpoint
 from prepare import DATA, DATASETS, SHAKESPEARE, load_dataset, prepare
 
@@ -181,13 +180,6 @@ def save(checkpoint, path):
         os.close(folder)
 
 
-def optional_import(name, setting):
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise UserError(f"{setting}=True needs one more package: pip install {name.rpartition('.')[2]}") from None
-
-
 def set_aside(out_dir):
     """Move an earlier run's files from out_dir into a folder within it."""
     files = [name for name in ('ckpt.pt', 'best.pt', 'log.jsonl') if os.path.exists(os.path.join(out_dir, name))]
@@ -217,14 +209,14 @@ if __name__ == '__main__':
     device, dtype, compile = resolve(device, dtype, compile)
     device_type = device.partition(':')[0]
     autocast = autocast_for(device, dtype)
-    torch.set_float32_matmul_precision('high')  # TF32 where there is such a thing
+    if device_type == 'cuda':
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision('high')  # TF32
 
     # one process, or one of many that torchrun started
     ddp, rank, world = 'RANK' in os.environ, int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     if ddp:
-        if device_type == 'cuda':
-            torch.cuda.set_device(device)
-        else:  # torchrun gives each process one thread
+        if device_type == 'cpu':  # torchrun gives each process one thread
             torch.set_num_threads(max(1, os.cpu_count() // int(os.environ['LOCAL_WORLD_SIZE'])))
         dist.init_process_group(f'cpu:gloo,cuda:{backend}' if device_type == 'cuda' else 'gloo')
     say = print if rank == 0 else lambda *args, **kwargs: None
@@ -239,7 +231,7 @@ if __name__ == '__main__':
     if rank == 0 and embedded and not os.path.exists(os.path.join(DATA, dataset, 'meta.json')):
         prepare(dataset)
     if ddp:
-        dist.barrier()
+        dist.all_reduce(torch.zeros(1))  # nobody goes on before all are here
     meta, bins = load_dataset(dataset)
     for split, path in bins.items():
         if meta[f'{split}_tokens'] <= block_size:
@@ -296,7 +288,8 @@ if __name__ == '__main__':
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
     if init_from == 'resume':
         optimizer.load_state_dict(checkpoint['optimizer'])
-        scaler.load_state_dict(checkpoint['scaler'])
+        if checkpoint['scaler']:
+            scaler.load_state_dict(checkpoint['scaler'])
         changed = [f'{k} {v} -> {config[k]}' for k, v in checkpoint['config'].items()
                    if k in config and config[k] != v and k != 'init_from']
         say(f'resuming {path} at step {iter_num}' + (f"; settings changed: {', '.join(changed)}" if changed else ''))
@@ -322,10 +315,11 @@ if __name__ == '__main__':
         cut_log(log_path, iter_num)
         log_file = open(log_path, 'a', buffering=1, encoding='utf-8')
         if wandb_log:
-            wandb = optional_import('wandb', 'wandb_log')
+            wandb = optional('wandb', 'wandb_log=True')
             wandb.init(project=wandb_project, name=wandb_run_name, config=config)
         if tensorboard_log:
-            tensorboard = optional_import('torch.utils.tensorboard', 'tensorboard_log').SummaryWriter(out_dir)
+            optional('tensorboard', 'tensorboard_log=True')  # torch's writer needs it
+            tensorboard = optional('torch.utils.tensorboard', 'tensorboard_log=True').SummaryWriter(out_dir)
 
     def log(**values):
         if rank == 0 and not eval_only:
@@ -338,17 +332,18 @@ if __name__ == '__main__':
 
     def save_as(name, **state):
         if rank == 0:
-            save(dict(model=raw_model.state_dict(), model_args=vars(raw_model.config), iter_num=iter_num,
-                      best_val_loss=best_val_loss, config=config, tokenizer=meta['tokenizer'], **state),
-                 os.path.join(out_dir, name))
+            weights = raw_model.state_dict()
+            check_finite(sum(w.abs().max().item() for w in weights.values()), 'a weight')
+            save(dict(model=weights, model_args=vars(raw_model.config), iter_num=iter_num, best_val_loss=best_val_loss,
+                      config=config, tokenizer=meta['tokenizer'], **state), os.path.join(out_dir, name))
 
     def save_all():
         save_as('ckpt.pt', optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
 
     def check_finite(loss, what):
         if not math.isfinite(loss):
-            raise UserError(f'{what} is {loss} at step {iter_num}: nothing was saved since the last evaluation; go '
-                            f'on from there with --init_from=resume and a learning_rate below {learning_rate}')
+            raise UserError(f'{what} is {loss} at step {iter_num}, and not saved: go on from the last checkpoint with '
+                            f'--init_from=resume and a learning_rate below {learning_rate}')
 
     signals = []  # SIGINT or SIGTERM, waiting for the end of a step
 
@@ -370,7 +365,6 @@ if __name__ == '__main__':
             log(train_loss=losses['train'], val_loss=losses['val'])
             if eval_only:
                 break
-            check_finite(losses['val'], 'val loss')
             better = losses['val'] < best_val_loss
             if iter_num > 0 and better:
                 best_val_loss = losses['val']
@@ -417,7 +411,7 @@ if __name__ == '__main__':
                 f"Go on with\n{'torchrun ...' if ddp else 'python'} {command}")
             break
 
-    if iter_num >= max_iters and not eval_only:
+    if iter_num >= max_iters and best_val_loss < math.inf and not eval_only:
         say(f'best val loss {best_val_loss:.4f}, its weights in {out_dir}/best.pt. See what it writes with\n'
             f'python {shlex.join([sys.argv[0].replace("train.py", "sample.py"), f"--out_dir={out_dir}"])}')
     if ddp:
