@@ -679,7 +679,8 @@ def test_two_processes_train_as_one(data, tmp_path):
 
 def test_a_new_run_never_destroys_an_older_one(run, data, tmp_path):
     shutil.copytree(run, tmp_path / 'out')
-    main('train.py', *TINY, *f'--dataset={data} --out_dir={tmp_path}/out --init_from={run}/best.pt --max_iters=2'.split())
+    main('train.py', *TINY, *f'--dataset={data} --out_dir={tmp_path}/out --max_iters=2'.split(),
+         f'--init_from={run}/best.pt')
     for name in ('ckpt.pt', 'best.pt', 'log.jsonl'):
         assert (tmp_path / 'out' / 'earlier-1' / name).read_bytes() == (run / name).read_bytes()
     assert torch.load(tmp_path / 'out' / 'ckpt.pt', weights_only=True)['iter_num'] == 2
@@ -727,11 +728,14 @@ def test_model_explains_itself(capsys):
     listed = [int(m.replace(',', '')) for m in re.findall(r'\)\s+([\d,]+)\s+[\d.,]+$', text, re.MULTILINE)]
     assert sum(listed) == model.num_params() == int(re.search(r'parameters ([\d,]+)', text)[1].replace(',', ''))
     idx = torch.randint(50, (4, 64))
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: held.update({t.data_ptr(): t}) or t, lambda t: t):
-        loss = model(idx, idx)[1]
+    def hold(t):
+        held[t.untyped_storage().data_ptr()] = t
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(hold, lambda t: t):
+        model(idx, idx)
     weights = {p.data_ptr() for p in model.parameters()}
-    real = sum(t.untyped_storage().nbytes() for ptr, t in held.items() if ptr not in weights)
-    assert loss.item() > 0 and float(re.search(r'activations ([\d.]+)', text)[1]) == pytest.approx(real / 1e6, rel=0.01)
+    real = sum(t.untyped_storage().nbytes() for ptr, t in held.items() if ptr not in weights) / 1e6
+    assert float(re.search(r'activations ([\d.]+)', text)[1]) == pytest.approx(real, abs=0.06) and real > 0.5
 
 
 def test_bench_measures(capsys):
