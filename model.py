@@ -297,7 +297,7 @@ def explain(config, batch_size, dtype):
     memory = {'weights': 4 * n, 'gradients': 4 * n, 'AdamW': 8 * n, 'activations': activations}
     print(f'\nparameters {n:,}; to train on one token takes {model.flops_per_token() / 1e9:,.3f} GFLOPs, '
           f'on a batch of {batch_size} x {config.block_size} {model.flops_per_token() * tokens / 1e12:,.3f} TFLOPs')
-    print(f'memory to train on that batch in {dtype}, in MB: '
+    print(f'memory to train on that batch in {dtype}, at least, in MB: '
           + ' + '.join(f'{what} {size / 1e6:,.1f}' for what, size in memory.items())
           + f' = {sum(memory.values()) / 1e6:,.1f}')
 
