@@ -32,6 +32,9 @@ class GPTConfig:
     relu2: bool = False       # squared ReLU in the MLP instead of GELU: cheaper, as good
 
     def __post_init__(self):
+        for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
+            if getattr(self, name) < 1:
+                raise UserError(f'{name}={getattr(self, name)}: it has to be at least 1')
         if self.n_embd % self.n_head:
             raise UserError(f'n_embd={self.n_embd} is not divisible by n_head={self.n_head}: each head takes an equal '
                             f'share, so use n_embd={math.ceil(self.n_embd / self.n_head) * self.n_head}')

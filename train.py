@@ -220,6 +220,11 @@ if __name__ == '__main__':
             torch.set_num_threads(max(1, os.cpu_count() // int(os.environ['LOCAL_WORLD_SIZE'])))
         dist.init_process_group(f'cpu:gloo,cuda:{backend}' if device_type == 'cuda' else 'gloo')
     say = print if rank == 0 else lambda *args, **kwargs: None
+    for setting in ('batch_size', 'gradient_accumulation_steps', 'eval_interval', 'eval_iters', 'log_interval'):
+        if config[setting] < 1:
+            raise UserError(f'{setting}={config[setting]}: it has to be at least 1')
+    if lr_schedule not in ('cosine', 'linear'):
+        raise UserError(f"lr_schedule={lr_schedule!r}: choose 'cosine' or 'linear'")
     if gradient_accumulation_steps % world:
         raise UserError(f'gradient_accumulation_steps={gradient_accumulation_steps} must be a multiple of the {world} '
                         f'processes: use {math.ceil(gradient_accumulation_steps / world) * world}')
@@ -287,7 +292,10 @@ if __name__ == '__main__':
     optimizer = raw_model.configure_optimizer(weight_decay, learning_rate, (beta1, beta2))
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
     if init_from == 'resume':
+        settings_of = [{k: v for k, v in group.items() if k != 'params'} for group in optimizer.param_groups]
         optimizer.load_state_dict(checkpoint['optimizer'])
+        for group, settings in zip(optimizer.param_groups, settings_of, strict=True):
+            group.update(settings)  # what this run was told, not what that one was
         if checkpoint['scaler']:
             scaler.load_state_dict(checkpoint['scaler'])
         changed = [f'{k} {v} -> {config[k]}' for k, v in checkpoint['config'].items()

@@ -1,15 +1,15 @@
 # GPT-2 (124M) from nothing on 8 GPUs:
 # $ torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
-# The shape, the batch and the schedule are nanoGPT's, whose author reports a val loss of about 2.85 on OpenWebText after
-# 4 days on 8 A100 40GB. Not run to the end with this code yet.
+# The shape, the batch and the schedule are nanoGPT's, whose author reports a val loss of about 2.85 on OpenWebText
+# after 4 days on 8 A100 40GB. Not run to the end with this code yet.
 
 out_dir = 'out-gpt2'
 dataset = 'openwebtext'  # python prepare.py --dataset=openwebtext --source=FOLDER_WITH_THE_TEXT
 wandb_run_name = 'gpt2-124M'
 
-# 12 windows x 1,024 tokens x 40 micro-batches = 491,520 tokens a step, close to GPT-2's half a million. 40 divides by 1,
-# 2, 4, 5, 8, ... processes, which share the same global batch: fewer GPUs give the same run, only slower.
-batch_size = 12  # at least 9 GB, says python model.py --batch_size=12; with more, double it and halve the 5 * 8
+# 12 windows x 1,024 tokens x 40 micro-batches = 491,520 tokens a step, close to GPT-2's half a million. 1, 2, 4, 5, 8,
+# 10, 20 or 40 processes share it: fewer GPUs give the same run, only slower.
+batch_size = 12  # at least 9 GB of GPU memory, by python model.py --batch_size=12
 block_size = 1024
 gradient_accumulation_steps = 5 * 8
 
