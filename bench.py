@@ -12,7 +12,7 @@ import time
 
 import torch
 
-from configurator import UserError, configure, resolve
+from configurator import check, configure, resolve
 from model import GPT, GPTConfig
 from train import autocast_for, compile_model, peak_flops, train_step
 
@@ -62,13 +62,12 @@ def measure(step, warmup, steps, repeats, device_type):
 
 
 if __name__ == '__main__':
-    configure(globals())
+    settings = configure(globals())
     demanded = compile is True
     device, dtype, compile = resolve(device, dtype, compile)
     device_type = device.partition(':')[0]
     autocast = autocast_for(device, dtype)
-    if task != 'train':
-        raise UserError(f'task={task!r}: there is train')
+    check(settings, "task in ('train',)", 'batch_size > 0', 'warmup >= 0', 'steps > 0', 'repeats > 0', 'seed >= 0')
     torch.manual_seed(seed)
     shape = GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias, rope, qk_norm, relu2)
     model = GPT(shape).to(device)

@@ -27,7 +27,7 @@ def _one_line(kind, error, trace):
         sys.exit(130)
     if not issubclass(kind, (UserError, OSError)):  # an OSError names its file: permission, disk full, ...
         return sys.__excepthook__(kind, error, trace)
-    print(f'error: {error}', file=sys.stderr)
+    print(f'error: {error}', file=sys.__stderr__)  # the real one: torch.distributed puts its own in place for a while
     sys.exit(2)
 
 
@@ -43,7 +43,7 @@ def configure(namespace, argv=None):
     def check(name, where):
         if name not in settings:
             near = difflib.get_close_matches(name.replace('-', '_'), settings, 1, 0.5)
-            hint = f'did you mean {near[0]}?' if near else '--help lists the settings'
+            hint = f'did you mean {near[0]}?' if near else '--help lists them; names of a file\'s own begin with _'
             raise UserError(f'{where}: unknown setting {name!r}: {hint}')
 
     for arg in sys.argv[1:] if argv is None else argv:
@@ -89,17 +89,16 @@ def _typed(name, value, default, where):
 def _run_file(path, settings):
     """Run an override file and return what it defined; modules, functions and _names are its own business."""
     if not os.path.isfile(path):
-        raise UserError(f'{path}: no such override file (settings are written --name=value)')
+        raise UserError(f'{path!r} is neither an override file nor a setting, which is written --name=value')
     scope = dict(settings, __file__=path, __name__='config')
     try:
-        with open(path, encoding='utf-8') as f:
+        with open(path, encoding='utf-8-sig') as f:
             exec(compile(f.read(), path, 'exec'), scope)
-    except UserError:
-        raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else '?'
-        raise UserError(f'{path}, line {line}: {type(error).__name__}: {error}') from error
+        line = getattr(error, 'lineno', None) or (lines[-1] if lines else 1)
+        reason = ' '.join(str(error).split())
+        raise UserError(f'{path}, line {line}: {type(error).__name__}: {reason}') from error
     return {k: v for k, v in scope.items() if not (k.startswith('_') or callable(v) or isinstance(v, type(sys)))}
 
 
@@ -110,7 +109,15 @@ def _print_help(namespace, defaults):
     print((namespace.get('__doc__') or '').strip() + '\n\nsettings:')
     for name, default in defaults.items():
         comment = re.search(rf'^ *{name}(?:: \w+)? = .*?\s# ?(.*)$', source, re.MULTILINE)
-        print(f'  --{name}={default!r:<24}'.ljust(46) + (comment[1] if comment else ''))
+        print(f'  --{name}={default!r}'.ljust(42), comment[1] if comment else '')
+
+
+def check(settings, *rules):
+    """Each rule, such as 'batch_size > 0', has to hold."""
+    for rule in rules:
+        if not eval(rule, {}, settings):
+            name = rule.split()[0]
+            raise UserError(f'{name}={settings[name]!r}: it has to be{rule.removeprefix(name)}')
 
 
 def optional(module, wanted_for):

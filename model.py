@@ -15,7 +15,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from configurator import UserError, configure
+from configurator import UserError, check, configure
 
 
 @dataclass
@@ -32,9 +32,8 @@ class GPTConfig:
     relu2: bool = False       # squared ReLU in the MLP instead of GELU: cheaper, as good
 
     def __post_init__(self):
-        for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
-            if getattr(self, name) < 1:
-                raise UserError(f'{name}={getattr(self, name)}: it has to be at least 1')
+        check(vars(self), 'block_size > 0', 'vocab_size > 0', 'n_layer > 0', 'n_head > 0', 'n_embd > 0', 'dropout >= 0',
+              'dropout < 1')
         if self.n_embd % self.n_head:
             raise UserError(f'n_embd={self.n_embd} is not divisible by n_head={self.n_head}: each head takes an equal '
                             f'share, so use n_embd={math.ceil(self.n_embd / self.n_head) * self.n_head}')
@@ -191,10 +190,10 @@ class GPT(nn.Module):
     @classmethod
     def from_checkpoint(cls, checkpoint, **changes):
         """The model in a checkpoint that load_checkpoint read, with the changes made to its config (dropout, say)."""
-        model = cls(GPTConfig(**{**checkpoint['model_args'], **changes}))
         try:
+            model = cls(GPTConfig(**{**checkpoint['model_args'], **changes}))
             model.load_state_dict(checkpoint['model'])
-        except RuntimeError as error:
+        except (RuntimeError, TypeError, AttributeError) as error:
             reason = ' '.join(str(error).split())
             raise UserError(f"a checkpoint's weights do not fit its model_args: {reason}") from None
         return model
@@ -226,7 +225,7 @@ class GPT(nn.Module):
 
 def sample_token(logits, temperature=1.0, top_k=None, top_p=None):
     """Draw one token for each row of scores: logits (B, vocab) -> (B,)."""
-    if temperature == 0:
+    if temperature < 1e-6:  # dividing by so little would overflow
         return logits.argmax(dim=-1)
     logits = logits.float() / temperature  # below 1 sharpens the choice, above 1 flattens it
     if top_k:
@@ -243,18 +242,22 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None):
     return torch.multinomial(probs, 1).squeeze(1)
 
 
-def load_checkpoint(path):
-    """What train.py saved: a dict of plain values and tensors, on the CPU. Loading it cannot run code."""
+def load_checkpoint(path, *more):
+    """What train.py saved: a dict of plain values and tensors, on the CPU, more of them asked for by name. Loading it
+    cannot run code."""
     if not os.path.exists(path):
         raise UserError(f'{path}: there is no such checkpoint; python train.py makes one')
     with open(path, 'rb') as f:
         try:
             checkpoint = torch.load(f, map_location='cpu', weights_only=True)
-            for part, key in (('model', 'lm_head.weight'), ('model_args', 'n_layer'), ('tokenizer', 'type')):
-                checkpoint[part][key]
         except Exception as error:  # torch.load has many ways to say that a file is damaged
-            reason = str(error).strip().split('\n')[0]
-            raise UserError(f'{path} is damaged or not a checkpoint ({type(error).__name__}: {reason})') from error
+            raise UserError(f'{path} is damaged or not a checkpoint ({type(error).__name__}): take another, such as '
+                            'best.pt or what an earlier-... folder beside it holds') from error
+    kinds = dict(model=dict, model_args=dict, tokenizer=dict, config=dict, iter_num=int, best_val_loss=float)
+    wrong = [key for key, kind in (kinds | dict.fromkeys(more, dict)).items()
+             if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(key), kind)]
+    if wrong:
+        raise UserError(f"{path} is not a checkpoint to start from this way: it lacks {', '.join(wrong)}")
     return checkpoint
 
 
@@ -310,4 +313,5 @@ if __name__ == '__main__':
     dtype = 'bfloat16'  # of the activations: bfloat16 or float32; weights, gradients and AdamW's averages are float32
     globals().update(vars(GPTConfig()))
     settings = configure(globals())
+    check(settings, 'batch_size > 0', "dtype in ('float32', 'bfloat16')")
     explain(GPTConfig(**{k: v for k, v in settings.items() if k in vars(GPTConfig())}), batch_size, dtype)

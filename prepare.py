@@ -30,7 +30,7 @@ from itertools import islice, pairwise
 import numpy as np
 import requests
 
-from configurator import UserError, configure, optional
+from configurator import UserError, check, configure, optional
 
 dataset = 'shakespeare_char'  # the folder in data/ to write: a row of the table below, or a new name with a --source
 source = ''         # where the text is; empty: what the table says
@@ -56,10 +56,10 @@ END_OF_TEXT = '<|endoftext|>'
 SPLIT = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+|\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
          r"|\s*[\r\n]|\s+(?!\S)|\s+")
 
-# A letter ends its token in every such split where space or punctuation follows: a long text can be cut there and
-# its parts encoded one by one, with the same ids as the whole.
-CUT = re.compile(r'(?<=[^\W\d_])(?=[\s!-/:-@，。、！？；：…—])')
-CHUNK = 1 << 20  # characters of it at a time
+# In every such split a token ends where space or punctuation follows a letter, and after a single newline: a long text
+# can be cut there and its parts encoded one by one, with the same ids as the whole.
+CUT = re.compile(r'(?<=[^\W\d_])(?=[\s!-/:-@，。、！？；：…—])|(?<=\S\n)(?=\S)')
+CHUNK = 1 << 18  # characters of it at a time
 
 
 class CharTokenizer:
@@ -94,16 +94,24 @@ class BPETokenizer:
     def encode(self, text, special=False):
         """With special, <|endoftext|> in the text is the token; otherwise it is text like any other."""
         text = text.encode('utf-8', 'replace').decode('utf-8')  # a lone surrogate cannot be encoded
-        return self.encoding.encode_to_numpy(text, allowed_special={END_OF_TEXT} if special else set(),
-                                             disallowed_special=())
+        try:
+            return self.encoding.encode_to_numpy(text, allowed_special={END_OF_TEXT} if special else set(),
+                                                 disallowed_special=())
+        except ValueError as error:
+            raise UserError(f'the text cannot be split ({error}): has it a million blanks in a row?') from None
 
     def decode_bytes(self, ids):
         return self.encoding.decode_bytes([int(i) for i in ids])
 
 
 class SentencePieceTokenizer:
+    """A SentencePiece model as it is: what its normalisation drops (newlines, usually) or does not know is lost."""
+
     def __init__(self, model):
-        self.sp = optional('sentencepiece', 'this tokenizer').SentencePieceProcessor(model_proto=model)
+        try:
+            self.sp = optional('sentencepiece', 'this tokenizer').SentencePieceProcessor(model_proto=model)
+        except RuntimeError as error:
+            raise UserError(f'this is not a SentencePiece model: {error}') from None
         self.n_vocab = self.sp.get_piece_size()
         self.eot = self.sp.eos_id() if self.sp.eos_id() >= 0 else None
 
@@ -149,6 +157,8 @@ def make_spec(tokenizer, files, vocab_size):
         chars = set()
         for text, _ in read(files, 'characters'):
             chars.update(text)
+        if not chars:
+            raise UserError(f'{files[0]} is empty: there is no text in it')
         return dict(type='char', chars=''.join(sorted(chars)))
     if kind == 'bpe':
         import regex  # which tiktoken depends on: the same syntax as its own
@@ -261,17 +271,18 @@ def fetch(url, part, what):
     have = os.path.getsize(part) if os.path.exists(part) else 0
     headers = {'Accept-Encoding': 'identity', 'Range': f'bytes={have}-'}
     with requests.get(url, headers=headers, stream=True, timeout=(10, 60)) as reply:
-        if reply.status_code == 416:  # nothing comes after what we have, which need not be right: start over
-            os.remove(part)
-            return 'the part that was here did not fit'
-        if reply.status_code in (408, 429) or reply.status_code >= 500:
-            return f'the server answered {reply.status_code}'
-        if reply.status_code not in (200, 206):
-            raise UserError(f'{url}: the server answered {reply.status_code} {reply.reason}: check the address')
+        code, span = reply.status_code, reply.headers.get('Content-Range', '')
+        if code in (408, 429) or code >= 500:
+            return f'the server answered {code}'
+        if code == 416 or code == 206 and not span.startswith(f'bytes {have}-'):  # our part is not a part of that
+            open(part, 'wb').close()
+            return f'the server answered {code} {span}'
+        if code not in (200, 206):
+            raise UserError(f'{url}: the server answered {code} {reply.reason}: check the address')
         if 'text/html' in reply.headers.get('Content-Type', ''):
             raise UserError(f'{url} is a web page, not a data file: give the address of the file itself')
-        if not reply.headers.get('Content-Range', '').startswith(f'bytes {have}-'):
-            have = 0  # the server sends all of it again
+        if code == 200:
+            have = 0  # all of it comes again
         total = have + int(reply.headers.get('Content-Length', 0))
         progress = Progress(f'downloading {what}', total, 'MB')
         with open(part, 'ab' if have else 'wb') as f:
@@ -283,17 +294,21 @@ def fetch(url, part, what):
     return f'{size:,} of {total:,} bytes came' if 'Content-Length' in reply.headers and size != total else None
 
 
+IGNORED = r'/\.|\.(bin|tmp|part)$|meta\.json$'  # in a folder of texts: hidden files and folders, and what we write
+
+
 def locate(source, folder):
     """The files of a source, an address among them downloaded into folder first."""
     if re.match('https?://', source):
-        path = os.path.join(folder, os.path.basename(urllib.parse.urlparse(source).path) or 'source.txt')
+        name = os.path.basename(urllib.parse.urlparse(source).path) or 'source.txt'
+        path = os.path.join(folder, f'{hashlib.sha256(source.encode()).hexdigest()[:8]}-{name}')
         if not os.path.exists(path):
             os.makedirs(folder, exist_ok=True)
             download(source, path)
         return [path]
     if os.path.isdir(source):
-        return sorted(os.path.join(base, name) for base, _, names in os.walk(source) for name in names
-                      if not name.startswith('.'))
+        files = [os.path.join(base, name) for base, _, names in os.walk(source) for name in names]
+        return sorted(path for path in files if os.path.isfile(path) and not re.search(IGNORED, path[len(source):]))
     if not os.path.isfile(source):
         raise UserError(f'source={source!r}: no such file or folder')
     return [source]
@@ -304,7 +319,7 @@ def read(files, what):
     progress, done = Progress(what, sum(map(os.path.getsize, files)), 'MB'), 0
     for path in files:
         with open(path, 'rb') as raw:
-            unzipped = gzip.open(raw) if path.endswith('.gz') else raw
+            unzipped = gzip.open(raw) if path.lower().endswith('.gz') else raw
             try:
                 for piece in read_file(unzipped, path):
                     yield piece
@@ -320,31 +335,32 @@ def read(files, what):
 
 
 def read_file(f, path):
-    kind = path.removesuffix('.gz').rpartition('.')[2]
+    kind = path.lower().removesuffix('.gz').rpartition('.')[2]
     if kind == 'parquet':
         table = optional('pyarrow.parquet', path).ParquetFile(f)
         if 'text' not in table.schema.names:
             raise UserError(f'{path} has no column "text", only {", ".join(table.schema.names)}')
         for batch in table.iter_batches(columns=['text']):
             for text in batch['text'].to_pylist():
-                yield text or '', True
+                yield str(text or ''), True
         return
-    lines = io.TextIOWrapper(f, 'utf-8-sig')
-    if kind == 'jsonl':
-        for number, line in enumerate(lines, 1):
-            try:
-                text = json.loads(line)['text'].encode('utf-8', 'replace').decode()  # JSON can hold half characters
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise UserError(f'{path}, line {number}: not a JSON object with a "text" field') from None
-            yield text, True
-        return
-    rest = ''
-    while text := lines.read(CHUNK):
-        text = rest + text
-        cut = max((m.start() for m in CUT.finditer(text, max(0, len(text) - 1000))), default=0)
-        yield text[:cut], False
-        rest = text[cut:]
-    yield rest, True
+    with io.TextIOWrapper(f, 'utf-8-sig') as lines:
+        if kind == 'jsonl':
+            for number, line in enumerate(lines, 1):
+                try:
+                    text = json.loads(line)['text'] if line.strip() else ''
+                    text = text.encode('utf-8', 'replace').decode()  # JSON can hold half characters
+                except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                    raise UserError(f'{path}, line {number}: not a JSON object with a "text" field') from None
+                yield text, True
+            return
+        rest = ''
+        while text := lines.read(CHUNK):
+            text = rest + text
+            cut = max((m.start() for m in CUT.finditer(text, max(0, len(text) - 1000))), default=0)
+            yield text[:cut], False
+            rest = text[cut:]
+        yield rest, True
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -357,8 +373,7 @@ def prepare(dataset, source='', tokenizer='', vocab_size=4096, val_fraction=0.1)
     if not source:
         raise UserError(f'dataset={dataset!r} is not one of {", ".join(DATASETS)}: say where its text is with '
                         '--source=FILE_OR_FOLDER_OR_URL')
-    if not 0 < val_fraction < 1:
-        raise UserError(f'val_fraction={val_fraction}: a part of the text between 0 and 1, such as 0.1')
+    check(dict(val_fraction=val_fraction), 'val_fraction > 0', 'val_fraction < 1')
     files = locate(source, folder)
     if not any(map(os.path.getsize, files)):
         raise UserError(f'source={source!r} is empty: there is no text in it')
@@ -384,7 +399,7 @@ def prepare(dataset, source='', tokenizer='', vocab_size=4096, val_fraction=0.1)
                 n, between = n + len(ids), between or ends
     if n < 2:
         raise UserError(f'source={source!r} is {n} tokens long: there is nothing to learn in it')
-    n_val = max(1, round(n * val_fraction))
+    n_val = min(max(1, round(n * val_fraction)), n - 1)
     nearest = min(starts, key=lambda start: abs(n - n_val - start), default=0)
     if abs(n - n_val - nearest) <= n_val / 2:  # better between two documents than in the middle of one
         n_val = n - nearest
@@ -422,6 +437,8 @@ def load_dataset(dataset):
             meta = json.load(f)
         dtype, n_vocab, _ = np.dtype(meta['dtype']), meta['vocab_size'], meta['tokenizer']['type']
         expected = {split: meta[f'{split}_tokens'] for split in ('train', 'val')}
+        if not all(isinstance(n, int) and n > 0 for n in (n_vocab, *expected.values())):
+            raise ValueError('a count that is not a whole number')
     except FileNotFoundError:
         raise UserError(f'{folder} is not prepared (no meta.json): {again}') from None
     except (ValueError, KeyError, TypeError) as error:

@@ -15,13 +15,13 @@ import time
 
 import torch
 
-from configurator import UserError, configure, resolve
+from configurator import UserError, check, configure, resolve
 from model import GPT, load_checkpoint
 from prepare import get_tokenizer
 
 init_from = 'resume'   # 'resume': the model in out_dir, best.pt or else ckpt.pt; or the path of a checkpoint
 out_dir = 'out'        # where a run has left its checkpoints
-start = '\n'           # the beginning to go on from; FILE:prompt.txt reads a file, - standard input
+start = ''             # the beginning to go on from; FILE:prompt.txt reads a file, - standard input
 num_samples = 3        # how many texts: the first appears as it is written, the others, written beside it, afterwards
 max_new_tokens = 500   # length of each
 temperature = 0.8      # 1: as the model believes, less: more predictable, 0: always the likeliest token
@@ -54,21 +54,23 @@ class Writer:
 
 
 def read_start(start):
-    if start == '-':
-        return sys.stdin.read()
-    if start.startswith('FILE:'):
-        with open(start[5:], encoding='utf-8') as f:
-            return f.read()
+    try:
+        if start == '-':
+            return sys.stdin.read()
+        if start.startswith('FILE:'):
+            with open(start[5:], encoding='utf-8') as f:
+                return f.read()
+    except UnicodeDecodeError as error:
+        raise UserError(f'start={start}: this is not UTF-8 text ({error})') from None
     return start
 
 
 if __name__ == '__main__':
-    configure(globals())
+    settings = configure(globals())
     device, dtype, _ = resolve(device, dtype)
-    for name, good in (('temperature', temperature >= 0), ('top_k', top_k >= 0), ('top_p', 0 < top_p <= 1),
-                       ('num_samples', num_samples > 0), ('max_new_tokens', max_new_tokens >= 0)):
-        if not good:
-            raise UserError(f'{name}={globals()[name]} makes no sense: see --help')
+    check(settings, 'temperature >= 0', 'top_k >= 0', 'top_p > 0', 'top_p <= 1', 'num_samples > 0',
+          'max_new_tokens >= 0', 'seed >= 0', 'seed < 2**63')
+    sys.stdout.reconfigure(errors='replace')  # a terminal that lacks a character shows another
     if hasattr(signal, 'SIGPIPE'):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # sample.py | head ends quietly
 
@@ -84,8 +86,8 @@ if __name__ == '__main__':
 
     prompt = read_start(start)
     ids = tok.encode(prompt, special=True).tolist()
-    if not ids:  # a model has to start from something: the end of the text before
-        ids = [tok.eot] if tok.eot is not None else tok.encode('\n').tolist()
+    if not ids:  # a model has to start from something: the end of the text before, or the first character, the newline
+        ids = [tok.eot or 0]
     if len(ids) > model.config.block_size:
         print(f'the prompt has {len(ids)} tokens, the model sees the last {model.config.block_size}', file=sys.stderr)
 

@@ -14,6 +14,7 @@ import re
 import runpy
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -441,6 +442,16 @@ def test_every_kind_of_source_and_documents(tmp_path):
     assert seen[0] == seen[1] == seen[2]
 
 
+def test_a_folder_of_texts_may_be_the_datasets_own(tmp_path):
+    """What prepare.py wrote there the last time, and what is hidden, is not text."""
+    (tmp_path / '.git').mkdir()
+    for name in ('input.txt', '.hidden', '.git/config'):
+        (tmp_path / name).write_text('some text')
+    for _ in range(2):
+        prepare.prepare(str(tmp_path), str(tmp_path), 'char')
+        assert stored(tmp_path)[1]['train_tokens'] == 8
+
+
 def test_bins_round_trip(tmp_path, data, text):
     """The bins hold the text: in bytes up to 256 characters, in 16 bits beyond."""
     (train, val), meta = stored(data)
@@ -571,10 +582,11 @@ def test_values_take_the_type_of_their_default(arg, name, value):
 
 
 @pytest.mark.parametrize('args, message', [
-    ('--itters=3', "unknown setting 'itters': did you mean iters?"), ('--qqqq', '--help lists the settings'),
+    ('--itters=3', "unknown setting 'itters': did you mean iters?"), ('--qqqq', '--help lists them'),
     ('--flag=maybe', 'flag takes True or False'), ('--rate=fast', 'rate takes a number'),
     ('--iters=1.5', 'a whole number'), ('--iters=True', 'a whole number'), ('--iters=inf', 'a whole number'),
-    ('--iters 3', 'no space: --iters=100'), ('iters=3', 'write --iters=3'), ('none.py', 'no such override file')])
+    ('--iters 3', 'no space: --iters=100'), ('iters=3', 'write --iters=3'),
+    ('none.py', "'none.py' is neither an override file nor a setting")])
 def test_mistakes_on_the_command_line(args, message):
     with pytest.raises(UserError, match=re.escape(message)):
         configured(*args.split())
@@ -602,8 +614,14 @@ def test_help_and_errors_of_a_real_command():
     assert shown.returncode == 0 and re.search(r'--eval_interval=2000 +steps from', shown.stdout)
     names = re.findall(r'^  --(\w+)=', shown.stdout, re.MULTILINE)
     assert names == re.findall(r'^([a-z]\w*) = ', source, re.MULTILINE) and len(names) > 30
-    refused = command('train.py', '--itters=3')
-    assert (refused.returncode, refused.stdout) == (2, '') and len(refused.stderr.splitlines()) == 1
+    with socket.create_server(('127.0.0.1', 0)) as free:
+        port = free.getsockname()[1]
+    torchrun = dict(os.environ, RANK='0', WORLD_SIZE='1', LOCAL_WORLD_SIZE='1', MASTER_ADDR='127.0.0.1',
+                    MASTER_PORT=str(port))  # torch.distributed has its own ideas of what to do with an error
+    for arg, env in (('--itters=3', None), ('--dataset=none', torchrun)):
+        refused = command('train.py', '--device=cpu', arg, env=env)
+        assert (refused.returncode, refused.stdout) == (2, ''), refused.stderr
+        assert [line[:7] for line in refused.stderr.splitlines() if 'socket' not in line] == ['error: ']
 
 
 def test_the_machine_decides_last():
@@ -660,6 +678,20 @@ def test_interrupted_and_resumed_is_as_if_never_stopped(run, data, tmp_path):
     for key, value in theirs['model'].items():
         assert torch.equal(ours['model'][key], value), key
     assert ours['best_val_loss'] == theirs['best_val_loss']
+
+
+def test_resume_does_as_it_is_told_and_never_saves_a_broken_model(run, data, tmp_path):
+    """New settings hold, although the old optimizer state holds the old ones; weights that are not finite are not saved
+    over good ones."""
+    shutil.copytree(run, tmp_path / 'out')
+    args = [*TINY, f'--dataset={data}', f'--out_dir={tmp_path / "out"}', '--init_from=resume', '--weight_decay=0.7']
+    main('train.py', *args, '--max_iters=7')
+    saved = torch.load(tmp_path / 'out' / 'ckpt.pt', weights_only=True)
+    assert saved['iter_num'] == 7
+    assert [(g['weight_decay'], g['lr']) for g in saved['optimizer']['param_groups']] == [(0.7, 6e-5), (0.0, 6e-5)]
+    with pytest.raises(UserError, match='a weight is (nan|inf) at step 9, and not saved'):
+        main('train.py', *args, '--max_iters=9', '--learning_rate=1e38', '--decay_lr=False', '--log_interval=100')
+    assert torch.load(tmp_path / 'out' / 'ckpt.pt', weights_only=True)['iter_num'] == 7
 
 
 def test_two_processes_train_as_one(data, tmp_path):
@@ -778,6 +810,8 @@ def bad(tmp_path_factory, run, data):
     ('train.py', '--dataset={bad}/beyond', r'val.bin holds the id \d+, beyond the vocabulary'),
     ('train.py', '--dataset={bad}/damaged', 'meta.json is damaged'),
     ('train.py', '--dataset={bad}/wrong-dtype', 'val.bin holds 12,000 bytes but meta.json says 6,000'),
+    ('train.py', '--batch_size=0', 'batch_size=0: it has to be > 0'),
+    ('train.py', '--lr_schedule=square', "choose 'cosine' or 'linear'"),
     ('train.py', '--n_head=5', 'n_embd=32 is not divisible by n_head=5'),
     ('train.py', '--device=cuda:77', "device='cuda:77', but this machine has"),
     ('train.py', '--init_from=resume', 'there is no such checkpoint'),
@@ -786,7 +820,7 @@ def bad(tmp_path_factory, run, data):
     ('train.py', '--init_from={run}/best.pt --block_size=64', 'block_size=64 is beyond the 16 positions'),
     ('train.py', '--init_from={run}/best.pt --dataset={bad}/other', 'has another tokenizer'),
     ('train.py', '--init_from=resume --out_dir={run} --n_layer=3', r'another shape: n_layer=3 \(2 there'),
-    ('train.py', '--out_dir={bad}/file', 'File exists'),
+    ('train.py', '--out_dir={bad}/file', "file' cannot be written to .*File exists"),
     ('prepare.py', '--dataset={tmp}/x --source={bad}/file', 'is empty'),
     ('prepare.py', '--dataset={tmp}/x --source={bad}/none', 'no such file or folder'),
     ('prepare.py', '--dataset={tmp}/x', 'say where its text is with --source'),
@@ -796,7 +830,7 @@ def bad(tmp_path_factory, run, data):
     ('sample.py', '--out_dir={bad}', 'there is no such checkpoint'),
     ('sample.py', '--init_from={bad}/cut.pt', 'cut.pt is damaged'),
     ('sample.py', '--out_dir={run} --start=5€中', "does not know '5' '€' '中'"),
-    ('sample.py', '--out_dir={run} --temperature=-1', 'temperature=-1'),
+    ('sample.py', '--out_dir={run} --temperature=-1', 'temperature=-1.0: it has to be >= 0'),
     ('bench.py', '--task=nothing', "task='nothing'"),
 ])
 def test_bad_input_is_one_line_and_harms_nothing(script, args, message, bad, run, data, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ $ python train.py --init_from=out/best.pt --out_dir=out-mine --dataset=mine    #
 $ torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py       # on 8 GPUs
 $ torchrun --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --master_port=1234 --nproc_per_node=8 train.py ...  # node 0
 """
+import datetime
 import functools
 import json
 import math
@@ -21,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from configurator import UserError, configure, optional, resolve
+from configurator import UserError, check, configure, optional, resolve
 from model import GPT, GPTConfig, load_checkpoint
 from prepare import DATA, DATASETS, SHAKESPEARE, load_dataset, prepare
 
@@ -43,9 +44,9 @@ batch_size = 12                # windows in a micro-batch of one process
 block_size = 1024              # tokens in a window
 gradient_accumulation_steps = 5 * 8  # micro-batches in a step, over all processes together
 # model
-n_layer = 12
-n_head = 12
-n_embd = 768
+n_layer = 12                   # blocks
+n_head = 12                    # attention heads in a block
+n_embd = 768                   # width: numbers for each token
 dropout = 0.0                  # 0 for pretraining; 0.1 and more for finetuning and for texts read many times
 bias = False                   # biases in linear layers and LayerNorms
 rope = False                   # rotary positions instead of learned ones
@@ -55,8 +56,8 @@ relu2 = False                  # squared ReLU instead of GELU
 learning_rate = 6e-4           # at its highest
 max_iters = 600000             # steps to train
 weight_decay = 1e-1            # of matrices; vectors never decay
-beta1 = 0.9
-beta2 = 0.95
+beta1 = 0.9                    # how long AdamW remembers gradients
+beta2 = 0.95                   # and their squares
 grad_clip = 1.0                # longest gradient; 0: any
 decay_lr = True                # False: constant after the warmup
 lr_schedule = 'cosine'         # 'cosine': half a wave down to min_lr; 'linear': straight down to zero
@@ -183,7 +184,7 @@ def save(checkpoint, path):
 def set_aside(out_dir):
     """Move an earlier run's files from out_dir into a folder within it."""
     files = [name for name in ('ckpt.pt', 'best.pt', 'log.jsonl') if os.path.exists(os.path.join(out_dir, name))]
-    if files:
+    if files and files != ['log.jsonl']:
         number = 1
         while os.path.exists(earlier := os.path.join(out_dir, f'earlier-{number}')):
             number += 1
@@ -195,9 +196,14 @@ def set_aside(out_dir):
 
 def cut_log(path, iter_num):
     """Drop what the log says of steps from iter_num on: they will be taken again."""
+    def step(line):
+        try:
+            return json.loads(line)['iter']
+        except (ValueError, KeyError, TypeError):  # not a whole line of ours: the run was killed while writing it
+            return math.inf
     if os.path.exists(path):
-        with open(path, encoding='utf-8') as f:
-            kept = [line for line in f if line.endswith('\n') and json.loads(line)['iter'] < iter_num]
+        with open(path, encoding='utf-8', errors='replace') as f:
+            kept = [line for line in f if step(line) < iter_num]
         with open(path + '.tmp', 'w', encoding='utf-8') as f:
             f.writelines(kept)
         os.replace(path + '.tmp', path)
@@ -220,9 +226,9 @@ if __name__ == '__main__':
             torch.set_num_threads(max(1, os.cpu_count() // int(os.environ['LOCAL_WORLD_SIZE'])))
         dist.init_process_group(f'cpu:gloo,cuda:{backend}' if device_type == 'cuda' else 'gloo')
     say = print if rank == 0 else lambda *args, **kwargs: None
-    for setting in ('batch_size', 'gradient_accumulation_steps', 'eval_interval', 'eval_iters', 'log_interval'):
-        if config[setting] < 1:
-            raise UserError(f'{setting}={config[setting]}: it has to be at least 1')
+    check(config, 'batch_size > 0', 'gradient_accumulation_steps > 0', 'eval_interval > 0', 'eval_iters > 0',
+          'log_interval > 0', 'max_iters >= 0', 'learning_rate >= 0', 'min_lr >= 0', 'weight_decay >= 0',
+          'grad_clip >= 0', 'beta1 >= 0', 'beta1 < 1', 'beta2 >= 0', 'beta2 < 1', 'seed >= 0', 'seed < 2**63')
     if lr_schedule not in ('cosine', 'linear'):
         raise UserError(f"lr_schedule={lr_schedule!r}: choose 'cosine' or 'linear'")
     if gradient_accumulation_steps % world:
@@ -271,7 +277,7 @@ if __name__ == '__main__':
         raw_model = GPT(GPTConfig(**shape, vocab_size=padded, dropout=dropout))
     else:
         path = os.path.join(out_dir, 'ckpt.pt') if init_from == 'resume' else init_from
-        checkpoint = load_checkpoint(path)
+        checkpoint = load_checkpoint(path, *(('optimizer', 'scaler') if init_from == 'resume' else ()))
         there = checkpoint['model_args']
         if checkpoint['tokenizer'] != meta['tokenizer']:
             raise UserError(f"{path} has another tokenizer ({checkpoint['tokenizer']['type']}, {there['vocab_size']} "
@@ -316,18 +322,21 @@ if __name__ == '__main__':
 
     # output
     if rank == 0 and not eval_only:
-        os.makedirs(out_dir, exist_ok=True)
-        if init_from != 'resume':
-            set_aside(out_dir)
-        log_path = os.path.join(out_dir, 'log.jsonl')
-        cut_log(log_path, iter_num)
-        log_file = open(log_path, 'a', buffering=1, encoding='utf-8')
         if wandb_log:
             wandb = optional('wandb', 'wandb_log=True')
             wandb.init(project=wandb_project, name=wandb_run_name, config=config)
         if tensorboard_log:
             optional('tensorboard', 'tensorboard_log=True')  # torch's writer needs it
             tensorboard = optional('torch.utils.tensorboard', 'tensorboard_log=True').SummaryWriter(out_dir)
+        log_path = os.path.join(out_dir, 'log.jsonl')
+        try:
+            os.makedirs(out_dir, exist_ok=True)
+            if init_from != 'resume':
+                set_aside(out_dir)
+            cut_log(log_path, iter_num)
+            log_file = open(log_path, 'a', buffering=1, encoding='utf-8')
+        except OSError as error:
+            raise UserError(f'out_dir={out_dir!r} cannot be written to ({error}): choose another') from None
 
     def log(**values):
         if rank == 0 and not eval_only:
@@ -402,7 +411,7 @@ if __name__ == '__main__':
             since, logged_iter = now, iter_num + 1
             rate = tokens_per_step / seconds
             mfu = f', mfu {flops_per_step / seconds / (peak * world):.2%}' if peak else ''
-            eta = time.strftime('%H:%M:%S', time.gmtime(seconds * (max_iters - iter_num - 1)))
+            eta = datetime.timedelta(seconds=min(10**9, round(seconds * (max_iters - iter_num - 1))))
             say(f'iter {iter_num}: loss {loss:.4f}, time {seconds * 1000:.2f}ms{mfu}, lr {lr:.2e}, norm {norm:.2f}, '
                 f'{rate:,.0f} tok/s, eta {eta}', flush=True)
             log(loss=loss, lr=lr, grad_norm=norm.item(), time_ms=seconds * 1000, tokens_per_second=rate)
@@ -424,5 +433,7 @@ if __name__ == '__main__':
             f'python {shlex.join([sys.argv[0].replace("train.py", "sample.py"), f"--out_dir={out_dir}"])}')
     if ddp:
         dist.destroy_process_group()
+    if rank == 0 and not eval_only:
+        log_file.close()
     if signals:
         sys.exit(128 + signals[0])
