@@ -5,8 +5,8 @@ $ python prepare.py --dataset=shakespeare_char           # the embedded text, by
 $ python prepare.py --dataset=shakespeare                # the same, in GPT-2's tokens
 $ python prepare.py --dataset=mine --source=my_texts/ --tokenizer=bpe --vocab_size=4096
 
-A source is a text file, a folder of files, .jsonl with a "text" field, .parquet with a text column, any of these
-gzipped, or the http(s) address of one. Tokenizers: char; gpt2; bpe, trained on this very text, whatever its language;
+A source is a text file, .jsonl with a "text" field, either of them gzipped, .parquet with a text column, a folder of
+such files, or the http(s) address of one. Tokenizers: char; gpt2; bpe, trained on this very text, in any language;
 sp:FILE.model, a SentencePiece model. Text is streamed: it may be larger than memory.
 """
 import base64
@@ -308,7 +308,8 @@ def locate(source, folder):
         return [path]
     if os.path.isdir(source):
         files = [os.path.join(base, name) for base, _, names in os.walk(source) for name in names]
-        return sorted(path for path in files if os.path.isfile(path) and not re.search(IGNORED, path[len(source):]))
+        return sorted(path for path in files
+                      if os.path.isfile(path) and not re.search(IGNORED, '/' + os.path.relpath(path, source)))
     if not os.path.isfile(source):
         raise UserError(f'source={source!r}: no such file or folder')
     return [source]

@@ -447,8 +447,8 @@ def test_a_folder_of_texts_may_be_the_datasets_own(tmp_path):
     (tmp_path / '.git').mkdir()
     for name in ('input.txt', '.hidden', '.git/config'):
         (tmp_path / name).write_text('some text')
-    for _ in range(2):
-        prepare.prepare(str(tmp_path), str(tmp_path), 'char')
+    for slash in ('', '/'):
+        prepare.prepare(str(tmp_path), str(tmp_path) + slash, 'char')
         assert stored(tmp_path)[1]['train_tokens'] == 8
 
 
