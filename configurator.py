@@ -40,7 +40,7 @@ def configure(namespace, argv=None):
                 if re.fullmatch('[a-z][a-z0-9_]*', k) and isinstance(v, (bool, int, float, str))}
     defaults = dict(settings)
 
-    def check(name, where):
+    def known(name, where):
         if name not in settings:
             near = difflib.get_close_matches(name.replace('-', '_'), settings, 1, 0.5)
             hint = f'did you mean {near[0]}?' if near else '--help lists them; names of a file\'s own begin with _'
@@ -52,7 +52,7 @@ def configure(namespace, argv=None):
             _print_help(namespace, defaults)
             sys.exit(0)
         elif arg.startswith('--'):
-            check(name, arg)
+            known(name, arg)
             if not equals:
                 raise UserError(f'{arg}: a value follows an equals sign, with no space: {arg}={settings[name]}')
             settings[name] = _typed(name, value, defaults[name], arg)
@@ -60,7 +60,7 @@ def configure(namespace, argv=None):
             raise UserError(f"{arg}: write --{arg.lstrip('-')}")
         else:
             for name, value in _run_file(arg, settings).items():
-                check(name, arg)
+                known(name, arg)
                 settings[name] = _typed(name, value, defaults[name], arg)
     namespace.update(settings)
     return settings
@@ -148,10 +148,8 @@ def resolve(device, dtype, compile=False):
         dtype = 'float32'
         if kind == 'cuda':  # a T4 claims bfloat16 but only emulates it, hence the argument
             dtype = 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
-    if dtype not in ('float32', 'bfloat16', 'float16'):
-        raise UserError(f"dtype={dtype!r}: choose 'float32', 'bfloat16', 'float16' or 'auto'")
+    check(dict(dtype=dtype, compile=compile), "dtype in ('float32', 'bfloat16', 'float16')",
+          "compile in (True, False, 'auto')")
     if dtype == 'float16' and kind != 'cuda':
         raise UserError(f"dtype='float16' trains only on CUDA, not on {kind}: use 'bfloat16' or 'float32'")
-    if compile not in (True, False, 'auto'):
-        raise UserError(f"compile={compile!r}: choose True, False or 'auto'")
     return device, dtype, kind == 'cuda' if compile == 'auto' else compile

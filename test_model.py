@@ -37,9 +37,9 @@ HERE = Path(__file__).parent
 DEVICES = ['cpu'] + ['cuda'] * torch.cuda.is_available() + ['mps'] * torch.backends.mps.is_available()
 FLAGS = [{}, dict(bias=False), dict(rope=True), dict(qk_norm=True), dict(relu2=True),
          dict(bias=False, rope=True, qk_norm=True, relu2=True)]
-ODD_TEXTS = ['', ' ', '\n\n\n', 'plain', "it's   we'll\t\r\n  x", 'नेपाली भाषा राम्रो छ', '中文，没有空格。',
-             'naïve café — “quotes”', '🙂👩‍👩‍👧‍👦 emoji', '0123456789 3.14', 'a' * 300, ' ' * 300 + 'x',
-             '<|endoftext|>', 'x\x00y\ufeffz', 'e\u0301\u0301']
+ODD_TEXTS = ['', ' ', '\n\n\n', 'plain', "it's   we'll\t\r\n  x", 'नेपाली भाषा राम्रो छ',
+             '中文，没有空格。', 'naïve café — “quotes”', '🙂👩‍👩‍👧‍👦 emoji', '0123456789 3.14',
+             'a' * 300, ' ' * 300 + 'x', '<|endoftext|>', 'x\x00y\ufeffz', 'e\u0301\u0301']
 TINY = ('--device=cpu --n_layer=2 --n_head=2 --n_embd=32 --block_size=16 --batch_size=4 --dropout=0.1 '
         '--gradient_accumulation_steps=2 --max_iters=6 --lr_decay_iters=6 --warmup_iters=2 --learning_rate=1e-2 '
         '--log_interval=1 --eval_interval=3 --eval_iters=4').split()
@@ -108,15 +108,17 @@ def gpt2_files(monkeypatch, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # The model, piece by piece, each against its definition.
 
-def test_attention_is_a_masked_softmax_average():
+@pytest.mark.parametrize('qk_norm', [False, True])
+def test_attention_is_a_masked_softmax_average(qk_norm):
     """Each token's output is the average of the values up to itself, weighted by softmax(q k / sqrt(size))."""
     torch.manual_seed(0)
-    attn = CausalSelfAttention(GPTConfig(n_head=2, n_embd=8))
+    attn = CausalSelfAttention(GPTConfig(n_head=2, n_embd=8, qk_norm=qk_norm))
     x = torch.randn(3, 5, 8)
     q, k, v = (x @ attn.c_attn.weight.T + attn.c_attn.bias).chunk(3, dim=-1)
     heads = []
     for h in (slice(0, 4), slice(4, 8)):
-        scores = q[..., h] @ k[..., h].transpose(1, 2) / math.sqrt(4)  # (3, 5, 5): row looks at column
+        length = [u[..., h].pow(2).mean(-1, keepdim=True).sqrt() if qk_norm else 1 for u in (q, k)]
+        scores = q[..., h] / length[0] @ (k[..., h] / length[1]).transpose(1, 2) / math.sqrt(4)  # row looks at column
         scores = scores.masked_fill(torch.ones(5, 5).triu(1).bool(), -math.inf)
         weights = scores.exp() / scores.exp().sum(-1, keepdim=True)
         heads.append(weights @ v[..., h])
@@ -405,7 +407,8 @@ def test_pieces_give_the_ids_of_the_whole(kind, bpe_spec, gpt2_files, monkeypatc
     """A long text is read and encoded in pieces; where it is cut must not show, with newlines or without any."""
     odd = ''.join(ODD_TEXTS).replace('\r\n', '\n').replace('\ufeff', '') * 3
     tok = get_tokenizer(bpe_spec if kind == 'bpe' else dict(type='gpt2'))
-    for sample in (text[:20_000], text[:20_000].replace('\n', ' '), odd + text[:2000] + odd, '中文，没有空格。' * 500):
+    english, chinese = text[:20_000], '中文，没有空格。' * 500
+    for sample in (english, english.replace('\n', ' '), odd + english[:2000] + odd, chinese, '3,141\n592,\n' * 500):
         (tmp_path / 'x.txt').write_text(sample, encoding='utf-8')
         for chunk in (97, 1013):
             monkeypatch.setattr(prepare, 'CHUNK', chunk)
@@ -600,7 +603,8 @@ def test_override_files(tmp_path):
                                                                    compile='auto')
     for source, message in (('iters = 3\nrates = 1', "unknown setting 'rates': did you mean rate?"),
                             ('iters = 3\nrate = 1 / 0', 'line 2: ZeroDivisionError'),
-                            ('iters = 3\n\nx = (', 'line 3: SyntaxError'), ('name = 3', 'name takes text in quotes')):
+                            ('iters = 3\n\nx = (', 'line 3: SyntaxError'), ('name = 3', 'name takes text in quotes'),
+                            ('iters = True', 'iters takes a whole number')):
         file.write_text(source)
         with pytest.raises(UserError, match=re.escape(message)) as error:
             configured(str(file))
@@ -671,6 +675,8 @@ def test_interrupted_and_resumed_is_as_if_never_stopped(run, data, tmp_path):
     assert code == 130 and '--init_from=resume' in rest
     at = torch.load(tmp_path / 'ckpt.pt', weights_only=True)['iter_num']
     assert 2 <= at <= 5
+    with open(tmp_path / 'log.jsonl', 'a') as log:  # as if killed later: steps that will be taken again, half a line
+        log.write('{"iter": 5, "loss": 1.0}\n{"iter": 5, "lo')
     done = command('train.py', *args, '--init_from=resume')
     assert done.returncode == 0 and f'at step {at}' in done.stdout, done.stderr
     assert losses(tmp_path) == losses(run)
@@ -753,12 +759,14 @@ def test_stop_text(run, capsys):
 
 def test_model_explains_itself(capsys):
     """The table's parameters add up, and its activations are what autograd really keeps for the backward pass."""
-    main('model.py', '--n_layer=1', '--n_head=2', '--n_embd=32', '--block_size=64', '--vocab_size=50', '--batch_size=4',
-         '--dtype=float32')
+    main('model.py', *'--n_layer=1 --n_head=2 --n_embd=128 --block_size=64 --vocab_size=50 --batch_size=4 '
+         '--dtype=float32'.split())
     text = capsys.readouterr().out
-    model, held = GPT(GPTConfig(64, 50, 1, 2, 32)), {}
+    model, held = GPT(GPTConfig(64, 50, 1, 2, 128)), {}
     listed = [int(m.replace(',', '')) for m in re.findall(r'\)\s+([\d,]+)\s+[\d.,]+$', text, re.MULTILINE)]
     assert sum(listed) == model.num_params() == int(re.search(r'parameters ([\d,]+)', text)[1].replace(',', ''))
+    gigaflops = sum(float(m) for m in re.findall(r' ([\d.]+)$', text.split('\n\n')[0], re.MULTILINE))
+    assert gigaflops == pytest.approx(model.flops_per_token() / 3 * 4 * 64 / 1e9, abs=0.003) and gigaflops > 0.1
     idx = torch.randint(50, (4, 64))
     def hold(t):
         held[t.untyped_storage().data_ptr()] = t
