@@ -89,7 +89,7 @@ def _typed(name, value, default, where):
 def _run_file(path, settings):
     """Run an override file and return what it defined; modules, functions and _names are its own business."""
     if not os.path.isfile(path):
-        raise UserError(f'{path!r} is neither an override file nor a setting, which is written --name=value')
+        raise UserError(f'there is no override file {path!r}, and a setting is written --name=value')
     scope = dict(settings, __file__=path, __name__='config')
     try:
         with open(path, encoding='utf-8-sig') as f:

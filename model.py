@@ -246,7 +246,8 @@ def load_checkpoint(path, *more):
     """What train.py saved: a dict of plain values and tensors, on the CPU, more of them asked for by name. Loading it
     cannot run code."""
     if not os.path.exists(path):
-        raise UserError(f'{path}: there is no such checkpoint; python train.py makes one')
+        raise UserError(f'{path}: there is no such checkpoint: name the folder of a run with --out_dir, or make one: '
+                        'python train.py config/train_shakespeare.py')
     with open(path, 'rb') as f:
         try:
             checkpoint = torch.load(f, map_location='cpu', weights_only=True)

@@ -6,8 +6,9 @@ $ python prepare.py --dataset=shakespeare                # the same, in GPT-2's 
 $ python prepare.py --dataset=mine --source=my_texts/ --tokenizer=bpe --vocab_size=4096
 
 A source is a text file, .jsonl with a "text" field, either of them gzipped, .parquet with a text column, a folder of
-such files, or the http(s) address of one. Tokenizers: char; gpt2; bpe, trained on this very text, in any language;
-sp:FILE.model, a SentencePiece model. Text is streamed: it may be larger than memory.
+such files, or the http(s) address of one. Text is streamed: it may be larger than memory. Tokenizers: char; gpt2; bpe,
+trained on this very text, in any language; sp:FILE.model, a SentencePiece model; data/NAME/meta.json, what that dataset
+has, to finetune its models on this text.
 """
 import base64
 import gzip
@@ -34,7 +35,7 @@ from configurator import UserError, check, configure, optional
 
 dataset = 'shakespeare_char'  # the folder in data/ to write: a row of the table below, or a new name with a --source
 source = ''         # where the text is; empty: what the table says
-tokenizer = ''      # char, gpt2, bpe or sp:FILE.model; empty: what the table says, gpt2 for a new name
+tokenizer = ''      # char, gpt2, bpe, sp:FILE.model or another dataset's meta.json; empty: the table's, else gpt2
 vocab_size = 4096   # of a bpe that is trained here
 val_fraction = 0.1  # the last part of the text, or the last documents, are kept for validation
 
@@ -170,12 +171,18 @@ def make_spec(tokenizer, files, vocab_size):
             learned += len(text)
             if learned > 100e6:  # as good as all of it, and bounded in memory
                 break
-        return dict(type='bpe', split=SPLIT, merges=train_bpe(words, vocab_size - 257))
+        merges = train_bpe(words, vocab_size - 257)
+        if len(merges) < vocab_size - 257:
+            print(f'after {len(merges)} merges no pair occurs twice: the text has no use for vocab_size={vocab_size}')
+        return dict(type='bpe', split=SPLIT, merges=merges)
     if kind == 'sp':
         if not os.path.isfile(path):
             raise UserError(f'tokenizer={tokenizer}: there is no file {path!r}')
         with open(path, 'rb') as f:
             return dict(type='sp', model=base64.b64encode(f.read()).decode())
+    if tokenizer.endswith('.json'):
+        with open(tokenizer, encoding='utf-8') as f:
+            return json.load(f)['tokenizer']
     return dict(type=tokenizer)
 
 
@@ -404,6 +411,7 @@ def prepare(dataset, source='', tokenizer='', vocab_size=4096, val_fraction=0.1)
     nearest = min(starts, key=lambda start: abs(n - n_val - start), default=0)
     if abs(n - n_val - nearest) <= n_val / 2:  # better between two documents than in the middle of one
         n_val = n - nearest
+    held_out = sum(start >= n - n_val for start in starts)
     with open(train, 'r+b') as f, open(val, 'wb') as out:
         f.seek((n - n_val) * dtype.itemsize)
         shutil.copyfileobj(f, out)
@@ -414,8 +422,9 @@ def prepare(dataset, source='', tokenizer='', vocab_size=4096, val_fraction=0.1)
         json.dump(facts, f)
     for path in paths:
         os.replace(path + '.tmp', path)
-    print(f'{folder}: {n - n_val:,} tokens to train on, {n_val:,} for validation, vocabulary {tok.n_vocab:,} '
-          f'({tokenizer}), {dtype.name}')
+    print(f'{folder}: {n - n_val:,} tokens to train on, {n_val:,} for validation'
+          + (f' (the last {held_out} of {len(starts) + 1} documents)' if held_out else '')
+          + f', vocabulary {tok.n_vocab:,} ({tokenizer}), {dtype.name}')
     return facts
 
 

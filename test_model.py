@@ -443,6 +443,8 @@ def test_every_kind_of_source_and_documents(tmp_path):
         assert 0.05 < len(val) / (len(train) + len(val)) < 0.15
         seen.append((train, val))
     assert seen[0] == seen[1] == seen[2]
+    prepare.prepare(str(tmp_path / 'more'), str(tmp_path / 'a.jsonl'), str(tmp_path / 'set' / 'meta.json'))
+    assert stored(tmp_path / 'more')[1]['tokenizer'] == meta['tokenizer']  # for finetuning: the same tokens
 
 
 def test_a_folder_of_texts_may_be_the_datasets_own(tmp_path):
@@ -589,7 +591,7 @@ def test_values_take_the_type_of_their_default(arg, name, value):
     ('--flag=maybe', 'flag takes True or False'), ('--rate=fast', 'rate takes a number'),
     ('--iters=1.5', 'a whole number'), ('--iters=True', 'a whole number'), ('--iters=inf', 'a whole number'),
     ('--iters 3', 'no space: --iters=100'), ('iters=3', 'write --iters=3'),
-    ('none.py', "'none.py' is neither an override file nor a setting")])
+    ('none.py', "no override file 'none.py'")])
 def test_mistakes_on_the_command_line(args, message):
     with pytest.raises(UserError, match=re.escape(message)):
         configured(*args.split())
@@ -654,7 +656,7 @@ def test_a_run_logs_saves_and_says_what_is_next(run, data):
     assert [e[0] for e in log if e[1] is not None] == [0, 1, 2, 3, 4, 5]
     assert [e[0] for e in log if e[3] is not None] == [0, 3, 6]
     newest, best = (torch.load(run / name, weights_only=True) for name in ('ckpt.pt', 'best.pt'))
-    assert newest['iter_num'] == 6 and best['best_val_loss'] == min(e[3] for e in log if e[3] is not None and e[0] > 0)
+    assert newest['iter_num'] == 6 and best['best_val_loss'] == min(e[3] for e in log if e[3] is not None)
     assert 'transformer.h.0.attn.c_attn.weight' in newest['model'] and 'optimizer' in newest and 'optimizer' not in best
     assert newest['tokenizer'] == json.loads((data / 'meta.json').read_text())['tokenizer']
     assert not list(run.glob('*.tmp'))

@@ -383,11 +383,11 @@ if __name__ == '__main__':
             if eval_only:
                 break
             better = losses['val'] < best_val_loss
-            if iter_num > 0 and better:
+            if better:
                 best_val_loss = losses['val']
                 save_as('best.pt')
-            if iter_num > 0 and (better or always_save_checkpoint or iter_num >= max_iters):
-                save_all()
+            if better or always_save_checkpoint or iter_num >= max_iters:
+                save_all()  # at step 0 too: a disk that is too small shows before anything is lost
             since, logged_iter = time.time(), iter_num
         if iter_num >= max_iters:
             break
