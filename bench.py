@@ -5,16 +5,15 @@ $ python bench.py --task=train                                    # a training s
 $ python bench.py --task=train --n_layer=6 --n_head=6 --n_embd=384 --block_size=256 --batch_size=64
 """
 import json
-import resource
 import statistics
 import sys
 import time
 
 import torch
 
-from configurator import check, configure, resolve
+from configurator import UserError, check, configure, resolve
 from model import GPT, GPTConfig
-from train import autocast_for, compile_model, peak_flops, train_step
+from train import autocast_for, compile_problem, peak_flops, train_step
 
 task = 'train'     # what to measure: train, the time of a training step on random tokens
 batch_size = 8     # windows in a step
@@ -43,6 +42,7 @@ def peak_memory(device_type):
         return torch.cuda.max_memory_allocated()
     if device_type == 'mps':
         return torch.mps.driver_allocated_memory()
+    import resource  # not on Windows
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
 
@@ -63,7 +63,6 @@ def measure(step, warmup, steps, repeats, device_type):
 
 if __name__ == '__main__':
     settings = configure(globals())
-    demanded = compile is True
     device, dtype, compile = resolve(device, dtype, compile)
     device_type = device.partition(':')[0]
     autocast = autocast_for(device, dtype)
@@ -74,7 +73,9 @@ if __name__ == '__main__':
     batch = torch.randint(vocab_size, (2, batch_size, block_size), device=device)
     optimizer = model.configure_optimizer(0.1, 6e-4, (0.9, 0.95))
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
-    fast = compile_model(model, batch, autocast, demanded) if compile else model
+    fast = torch.compile(model) if compile else model
+    if compile and (problem := compile_problem(fast, batch, autocast)):
+        raise UserError(f'{problem}: measure with --compile=False')
     seconds = measure(lambda: train_step(fast, optimizer, scaler, [batch], 1.0, autocast), warmup, steps, repeats,
                       device_type)
 
@@ -84,7 +85,7 @@ if __name__ == '__main__':
     if device_type == 'cuda':
         name = torch.cuda.get_device_name(device)
     print(f'{model.num_params():,} parameters, {batch_size} x {block_size} tokens, {dtype}, '
-          f'compile={fast is not model}, torch {torch.__version__}, {name}')
+          f'compile={compile}, torch {torch.__version__}, {name}')
     print(f'step    {median * 1000:,.2f} ms: median of {repeats} x {steps} steps after {warmup} '
           f'({min(seconds) * 1000:,.2f} to {max(seconds) * 1000:,.2f})')
     print(f'tokens  {tokens / median:,.0f}/s')

@@ -18,7 +18,7 @@ import traceback
 TRUTH = {'True': True, 'true': True, '1': True, 'False': False, 'false': False, '0': False}
 
 
-class UserError(ValueError):
+class UserError(Exception):
     """A mistake that the user can mend: the message names the setting or file, both values, and the remedy."""
 
 
@@ -40,28 +40,20 @@ def configure(namespace, argv=None):
                 if re.fullmatch('[a-z][a-z0-9_]*', k) and isinstance(v, (bool, int, float, str))}
     defaults = dict(settings)
 
-    def known(name, where):
-        if name not in settings:
-            near = difflib.get_close_matches(name.replace('-', '_'), settings, 1, 0.5)
-            hint = f'did you mean {near[0]}?' if near else '--help lists them; names of a file\'s own begin with _'
-            raise UserError(f'{where}: unknown setting {name!r}: {hint}')
-
     for arg in sys.argv[1:] if argv is None else argv:
-        name, equals, value = arg.removeprefix('--').partition('=')
+        option, equals, text = arg.removeprefix('--').partition('=')
         if arg in ('--help', '-h'):
             _print_help(namespace, defaults)
             sys.exit(0)
-        elif arg.startswith('--'):
-            known(name, arg)
-            if not equals:
-                raise UserError(f'{arg}: a value follows an equals sign, with no space: {arg}={settings[name]}')
+        is_setting = arg.startswith('--') or equals and not os.path.exists(arg)
+        for name, value in ({option: text} if is_setting else _run_file(arg, settings)).items():
+            if name not in settings:
+                near = difflib.get_close_matches(name.replace('-', '_'), settings, 1, 0.5)
+                hint = f'did you mean {near[0]}?' if near else "--help lists them; a file's own names begin with _"
+                raise UserError(f'{arg}: unknown setting {name!r}: {hint}')
+            if is_setting and not (equals and arg.startswith('--')):
+                raise UserError(f'{arg}: write --{name}={value or settings[name]}, with no space')
             settings[name] = _typed(name, value, defaults[name], arg)
-        elif equals and name.lstrip('-') in settings and not os.path.exists(arg):
-            raise UserError(f"{arg}: write --{arg.lstrip('-')}")
-        else:
-            for name, value in _run_file(arg, settings).items():
-                known(name, arg)
-                settings[name] = _typed(name, value, defaults[name], arg)
     namespace.update(settings)
     return settings
 
@@ -70,7 +62,7 @@ def _typed(name, value, default, where):
     """value, the text of an argument or an object from a file, as the type of default."""
     kind, found = type(default), value
     try:
-        if kind is bool or default == 'auto' and str(value).lower() in ('true', 'false'):  # a bool settles 'auto' too
+        if kind is bool or default == 'auto' and str(value) in TRUTH:  # a bool settles 'auto' too
             return TRUTH[str(value)]
         if isinstance(value, bool):
             raise TypeError
@@ -99,7 +91,8 @@ def _run_file(path, settings):
         line = getattr(error, 'lineno', None) or (lines[-1] if lines else 1)
         reason = ' '.join(str(error).split())
         raise UserError(f'{path}, line {line}: {type(error).__name__}: {reason}') from error
-    return {k: v for k, v in scope.items() if not (k.startswith('_') or callable(v) or isinstance(v, type(sys)))}
+    return {k: v for k, v in scope.items()
+            if k in settings or not (k.startswith('_') or callable(v) or isinstance(v, type(sys)))}
 
 
 def _print_help(namespace, defaults):
@@ -134,7 +127,8 @@ def resolve(device, dtype, compile=False):
     device: cuda, then mps, then cpu. dtype: bfloat16 where a GPU has it natively, float16 on older CUDA cards,
     float32 elsewhere. compile: where it pays within minutes, which is on CUDA."""
     import torch
-    present = {'cuda': torch.cuda.device_count(), 'mps': int(torch.backends.mps.is_available()), 'cpu': 1}
+    present = {'cuda': torch.cuda.device_count() if torch.cuda.is_available() else 0,
+               'mps': int(torch.backends.mps.is_available()), 'cpu': 1}
     if device == 'auto':
         device = next(kind for kind in present if present[kind])
     if device == 'cuda':  # a card of its own for every process that torchrun starts
@@ -144,6 +138,9 @@ def resolve(device, dtype, compile=False):
         there = ', '.join(f'{count} {kind}' for kind, count in present.items())
         raise UserError(f"device={device!r}, but this machine has {there}: choose one of these or leave it at 'auto'")
     kind = match[1]
+    if kind == 'cuda':
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision('high')  # TF32 for what stays float32
     if dtype == 'auto':
         dtype = 'float32'
         if kind == 'cuda':  # a T4 claims bfloat16 but only emulates it, hence the argument

@@ -332,8 +332,6 @@ def read(files, what):
                 for piece in read_file(unzipped, path):
                     yield piece
                     progress(done + raw.tell())
-            except UserError:
-                raise
             except UnicodeDecodeError as error:
                 raise UserError(f'{path} is not UTF-8 text ({error}): convert it, e.g. with iconv -t utf-8') from None
             except (OSError, EOFError, ValueError, zlib.error) as error:
@@ -404,11 +402,12 @@ def prepare(dataset, source='', tokenizer='', vocab_size=4096, val_fraction=0.1)
                     ids, between = np.concatenate((separator, ids)), False
                     starts.append(n + len(separator))
                 f.write(ids.astype(dtype).tobytes())
-                n, between = n + len(ids), between or ends
+                n += len(ids)
+                between = between or (ends and n > 0)
     if n < 2:
         raise UserError(f'source={source!r} is {n} tokens long: there is nothing to learn in it')
     n_val = min(max(1, round(n * val_fraction)), n - 1)
-    nearest = min(starts, key=lambda start: abs(n - n_val - start), default=0)
+    nearest = min(starts, key=lambda start: abs(n - n_val - start), default=n - n_val)
     if abs(n - n_val - nearest) <= n_val / 2:  # better between two documents than in the middle of one
         n_val = n - nearest
     held_out = sum(start >= n - n_val for start in starts)

@@ -12,6 +12,7 @@ import functools
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -59,7 +60,7 @@ weight_decay = 1e-1            # of matrices; vectors never decay
 beta1 = 0.9                    # how long AdamW remembers gradients
 beta2 = 0.95                   # and their squares
 grad_clip = 1.0                # longest gradient; 0: any
-decay_lr = True                # False: constant after the warmup
+decay_lr = True                # False: constant, with no warmup either
 lr_schedule = 'cosine'         # 'cosine': half a wave down to min_lr; 'linear': straight down to zero
 warmup_iters = 2000            # steps in which the learning rate rises
 lr_decay_iters = 600000        # step at which its decay ends, usually max_iters
@@ -79,7 +80,7 @@ PEAK = {'B200': 2250, 'H200': 989, 'H100 PCIe': 756, 'H100': 989, 'A100': 312, '
 def peak_flops(device, dtype):
     """The device's peak, or None where it is not known."""
     name = torch.cuda.get_device_name(device) if device.startswith('cuda') and dtype != 'float32' else ''
-    return next((tflops * 1e12 for key, tflops in PEAK.items() if key in name), None)
+    return next((tflops * 1e12 for key, tflops in PEAK.items() if re.search(rf'\b{key}\b', name)), None)
 
 
 def autocast_for(device, dtype):
@@ -109,7 +110,7 @@ def get_windows(path, dtype, starts, block_size, device):
     ids = torch.from_numpy(data[starts[:, None] + np.arange(block_size + 1)].astype(np.int64))
     if device.startswith('cuda'):
         ids = ids.pin_memory()  # so that the copy runs beside the computation
-    ids = ids.to(device, non_blocking=True)
+    ids = ids.to(device, non_blocking=device.startswith('cuda'))
     return ids[:, :-1], ids[:, 1:]
 
 
@@ -140,32 +141,18 @@ def train_step(model, optimizer, scaler, batches, grad_clip, autocast):
     return total, norm
 
 
-@torch.no_grad()
-def evaluate(model, batches, autocast):
-    """Sum of the losses of some batches, if any."""
-    model.eval()
-    losses = [torch.zeros(())]
-    for x, y in batches:
-        with autocast:
-            losses.append(model(x, y)[1])
-    model.train()
-    return torch.stack([loss.cpu() for loss in losses]).double().sum()
-
-
-def compile_model(model, batch, autocast, demanded):
-    """The compiled model; where compiling fails and nobody demanded it, why, and the model as it is."""
-    fast = torch.compile(model)
+def compile_problem(model, batch, autocast):
+    """Use a compiled model for the first time, which is when it is compiled: why that failed, or None."""
     try:
         with autocast:
-            fast(*batch)[1].backward()  # compiling happens at the first use
-    except Exception as error:
-        reason = str(error).strip().split('\n')[0]
-        if demanded:
-            raise UserError(f'compile=True, but torch.compile failed ({reason}): leave it out or mend that') from error
-        print(f'torch.compile failed ({reason}): going on without it')
-        return model
-    model.zero_grad(set_to_none=True)
-    return fast
+            loss = model(*batch)[1]
+        loss.backward()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a compiler, a driver or a kernel is missing: anything can come up
+        return f"torch.compile failed ({str(error).strip().splitlines()[0]})"
+    finally:
+        model.zero_grad(set_to_none=True)
 
 
 def save(checkpoint, path):
@@ -211,26 +198,23 @@ def cut_log(path, iter_num):
 
 if __name__ == '__main__':
     config = configure(globals())
-    demanded = compile is True
     device, dtype, compile = resolve(device, dtype, compile)
     device_type = device.partition(':')[0]
     autocast = autocast_for(device, dtype)
-    if device_type == 'cuda':
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision('high')  # TF32
 
     # one process, or one of many that torchrun started
     ddp, rank, world = 'RANK' in os.environ, int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     if ddp:
+        if device not in ('cpu', f"cuda:{os.environ['LOCAL_RANK']}"):
+            raise UserError(f'device={config["device"]!r} under torchrun: leave it out, or say cpu or cuda')
         if device_type == 'cpu':  # torchrun gives each process one thread
             torch.set_num_threads(max(1, os.cpu_count() // int(os.environ['LOCAL_WORLD_SIZE'])))
         dist.init_process_group(f'cpu:gloo,cuda:{backend}' if device_type == 'cuda' else 'gloo')
     say = print if rank == 0 else lambda *args, **kwargs: None
     check(config, 'batch_size > 0', 'gradient_accumulation_steps > 0', 'eval_interval > 0', 'eval_iters > 0',
           'log_interval > 0', 'max_iters >= 0', 'learning_rate >= 0', 'min_lr >= 0', 'weight_decay >= 0',
-          'grad_clip >= 0', 'beta1 >= 0', 'beta1 < 1', 'beta2 >= 0', 'beta2 < 1', 'seed >= 0', 'seed < 2**63')
-    if lr_schedule not in ('cosine', 'linear'):
-        raise UserError(f"lr_schedule={lr_schedule!r}: choose 'cosine' or 'linear'")
+          'grad_clip >= 0', 'beta1 >= 0', 'beta1 < 1', 'beta2 >= 0', 'beta2 < 1', 'seed >= 0', 'seed < 2**63',
+          "lr_schedule in ('cosine', 'linear')")
     if gradient_accumulation_steps % world:
         raise UserError(f'gradient_accumulation_steps={gradient_accumulation_steps} must be a multiple of the {world} '
                         f'processes: use {math.ceil(gradient_accumulation_steps / world) * world}')
@@ -256,13 +240,18 @@ if __name__ == '__main__':
         return [get_windows(bins['train'], meta['dtype'], part, block_size, device)
                 for part in starts.reshape(micro_steps, batch_size)]
 
+    @torch.no_grad()
     def eval_loss(split):
         """Mean loss over windows spread evenly over the split, the same every time; each process takes its share."""
         n = meta[f'{split}_tokens']
         count = max(1, min(eval_iters, (n - 1) // block_size // batch_size))
         starts = np.linspace(0, n - block_size - 1, count * batch_size).astype(np.int64).reshape(count, batch_size)
-        total = evaluate(fast, (get_windows(bins[split], meta['dtype'], part, block_size, device)
-                                for part in starts[rank::world]), autocast)
+        fast.eval()
+        with autocast:
+            losses = [fast(*get_windows(bins[split], meta['dtype'], part, block_size, device))[1]
+                      for part in starts[rank::world]]
+        fast.train()
+        total = torch.tensor([loss.item() for loss in losses], dtype=torch.float64).sum()
         if ddp:
             dist.all_reduce(total)
         return total.item() / count
@@ -283,38 +272,42 @@ if __name__ == '__main__':
             raise UserError(f"{path} has another tokenizer ({checkpoint['tokenizer']['type']}, {there['vocab_size']} "
                             f"ids) than dataset={dataset} ({meta['tokenizer']['type']}, {meta['vocab_size']} ids): "
                             'use the dataset that it was trained on')
-        if init_from == 'resume':
-            other = [f'{k}={v} ({there[k]} there)' for k, v in shape.items() if k in there and there[k] != v]
-            if other:
-                raise UserError(f"{path} is of another shape: {', '.join(other)}: resume with the run's own settings, "
-                                f'or start from its weights with --init_from={path}')
-            iter_num, best_val_loss = checkpoint['iter_num'], checkpoint['best_val_loss']
-        if block_size > there['block_size']:
-            raise UserError(f"block_size={block_size} is beyond the {there['block_size']} positions of {path}: "
-                            f"use --block_size={there['block_size']}")
+        if block_size > there['block_size'] or init_from == 'resume' and block_size < there['block_size']:
+            raise UserError(f"block_size={block_size}, but {path} has {there['block_size']} positions: use "
+                            f"--block_size={there['block_size']}, or fewer with --init_from={path}")
+        config.update({k: there[k] for k in shape if k in there and k != 'block_size'})  # the weights decide
         raw_model = GPT.from_checkpoint(checkpoint, dropout=dropout)
         raw_model.crop_block_size(block_size)
     raw_model.to(device)
     optimizer = raw_model.configure_optimizer(weight_decay, learning_rate, (beta1, beta2))
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
     if init_from == 'resume':
-        settings_of = [{k: v for k, v in group.items() if k != 'params'} for group in optimizer.param_groups]
-        optimizer.load_state_dict(checkpoint['optimizer'])
-        for group, settings in zip(optimizer.param_groups, settings_of, strict=True):
-            group.update(settings)  # what this run was told, not what that one was
+        iter_num, best_val_loss = checkpoint['iter_num'], checkpoint['best_val_loss']
+        # the moments of that run, with the settings that this one was given
+        optimizer.load_state_dict(optimizer.state_dict() | dict(state=checkpoint['optimizer']['state']))
         if checkpoint['scaler']:
             scaler.load_state_dict(checkpoint['scaler'])
         changed = [f'{k} {v} -> {config[k]}' for k, v in checkpoint['config'].items()
                    if k in config and config[k] != v and k != 'init_from']
         say(f'resuming {path} at step {iter_num}' + (f"; settings changed: {', '.join(changed)}" if changed else ''))
     checkpoint = None  # free its memory
-    fast = raw_model  # raw_model owns the weights and is saved, fast is compiled and evaluated, model is trained
+
+    def parallel(model):
+        device_ids = [device] if device_type == 'cuda' else None
+        return DDP(model, device_ids, gradient_as_bucket_view=True) if ddp else model
+
+    # raw_model owns the weights and is saved, fast is perhaps compiled and is evaluated, model is trained
+    fast = torch.compile(raw_model) if compile else raw_model
+    model = parallel(fast)
     if compile:
         say('compiling the model (compile=False goes without)')
-        fast = compile_model(raw_model, batches(iter_num)[0], autocast, demanded)
-    model = fast
-    if ddp:
-        model = DDP(fast, device_ids=[device] if device_type == 'cuda' else None, gradient_as_bucket_view=True)
+        problem = compile_problem(model, batches(iter_num)[0], autocast)
+        if problem and config['compile'] is True:
+            raise UserError(f'compile=True, but {problem}: leave it out or mend that')
+        if problem:
+            say(f'{problem}: going on without it')
+            fast = raw_model
+            model = parallel(fast)
     flops_per_step = raw_model.flops_per_token() * tokens_per_step
     peak = peak_flops(device, dtype)
     say(f'{raw_model.num_params():,} parameters on {device} in {dtype}, {world} process{"es" * (world > 1)}, '
@@ -414,8 +407,8 @@ if __name__ == '__main__':
             eta = datetime.timedelta(seconds=min(10**9, round(seconds * (max_iters - iter_num - 1))))
             say(f'iter {iter_num}: loss {loss:.4f}, time {seconds * 1000:.2f}ms{mfu}, lr {lr:.2e}, norm {norm:.2f}, '
                 f'{rate:,.0f} tok/s, eta {eta}', flush=True)
-            log(loss=loss, lr=lr, grad_norm=norm.item(), time_ms=seconds * 1000, tokens_per_second=rate)
             check_finite(loss, 'loss')
+            log(loss=loss, lr=lr, grad_norm=norm.item(), time_ms=seconds * 1000, tokens_per_second=rate)
         iter_num += 1
 
         stop = torch.tensor(signals[0] if signals else 0)
@@ -431,9 +424,12 @@ if __name__ == '__main__':
     if iter_num >= max_iters and best_val_loss < math.inf and not eval_only:
         say(f'best val loss {best_val_loss:.4f}, its weights in {out_dir}/best.pt. See what it writes with\n'
             f'python {shlex.join([sys.argv[0].replace("train.py", "sample.py"), f"--out_dir={out_dir}"])}')
-    if ddp:
-        dist.destroy_process_group()
     if rank == 0 and not eval_only:
         log_file.close()
+        if tensorboard_log:
+            tensorboard.close()
+    if ddp:
+        dist.all_reduce(torch.zeros(1))  # nobody leaves while rank 0 is still writing
+        dist.destroy_process_group()
     if signals:
         sys.exit(128 + signals[0])

@@ -1,6 +1,7 @@
 # Characters of Shakespeare, from nothing, with whatever this machine has:
 # $ python train.py config/train_shakespeare.py
 # $ python sample.py --out_dir=out-shakespeare
+# To train the small model although there is a GPU, --device=cpu goes before this file.
 import torch
 
 out_dir = 'out-shakespeare'
