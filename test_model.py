@@ -623,7 +623,7 @@ def test_help_and_errors_of_a_real_command():
     with socket.create_server(('127.0.0.1', 0)) as free:
         port = free.getsockname()[1]
     torchrun = dict(os.environ, RANK='0', LOCAL_RANK='0', WORLD_SIZE='1', LOCAL_WORLD_SIZE='1',
-                    MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))  # torch.distributed has its own ideas of what to do with an error
+                    MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))  # which has its own ideas of errors
     for arg, env in (('--itters=3', None), ('--dataset=none', torchrun)):
         refused = command('train.py', '--device=cpu', arg, env=env)
         assert (refused.returncode, refused.stdout) == (2, ''), refused.stderr
