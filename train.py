@@ -429,7 +429,7 @@ if __name__ == '__main__':
         if tensorboard_log:
             tensorboard.close()
     if ddp:
-        # Nobody leaves while rank 0 is still writing. A barrier also waits outside of Python's lock, which gloo's threads
+        # Nobody leaves while rank 0 still writes. A barrier also waits outside of Python's lock, which gloo's threads
         # need to let go of the last all_reduce's tensors: left to the end of the process, that would abort it.
         dist.barrier()
         dist.destroy_process_group()
