@@ -38,8 +38,9 @@ DEVICES = ['cpu'] + ['cuda'] * torch.cuda.is_available() + ['mps'] * torch.backe
 FLAGS = [{}, dict(bias=False), dict(rope=True), dict(qk_norm=True), dict(relu2=True),
          dict(bias=False, rope=True, qk_norm=True, relu2=True)]
 ODD_TEXTS = ['', ' ', '\n\n\n', 'plain', "it's   we'll\t\r\n  x", '0123456789 3.14', 'a' * 300, ' ' * 300 + 'x',
-             '<|endoftext|>', 'x\x00y\ufeffz', 'e\u0301\u0301', 'नेपाली भाषा राम्रो छ',
-             '中文，没有空格。', 'naïve café — “quotes”', '🙂👩‍👩‍👧‍👦 emoji']
+             '<|endoftext|>', 'x\x00y\ufeffz', 'e\u0301\u0301',
+             'नेपाली भाषा राम्रो छ', '中文，没有空格。',
+             'naïve café — “quotes”', '🙂👩‍👩‍👧‍👦 emoji']
 TINY = ('--device=cpu --n_layer=2 --n_head=2 --n_embd=32 --block_size=16 --batch_size=4 --dropout=0.1 '
         '--gradient_accumulation_steps=2 --max_iters=6 --lr_decay_iters=6 --warmup_iters=2 --learning_rate=1e-2 '
         '--log_interval=1 --eval_interval=3 --eval_iters=4').split()
