@@ -1,6 +1,6 @@
 """
 A GPT in plain PyTorch: GPT-2 exactly by default, its modern descendants by flags. Read it from top to bottom:
-attention, where tokens exchange information; the MLP, where each thinks for itself; the block that holds both;
+attention, where tokens exchange information, the MLP, where each thinks for itself, the block that holds both, and
 the model that stacks blocks between an embedding and a head. Run it to see a model laid out, module by module:
 
 $ python model.py                                       # GPT-2 124M
@@ -150,8 +150,8 @@ class GPT(nn.Module):
         return self.transformer.ln_f(x)
 
     def forward(self, idx, targets=None):
-        """Ids (B, T) to (logits (B, T, vocab_size), loss). The loss is the mean of -log p(target); targets of -1 don't
-        count; without targets it is None."""
+        """Ids (B, T) to (logits (B, T, vocab_size), loss). The loss is the mean of -log p(target), where targets of
+        -1 don't count, and None without targets."""
         logits = self.lm_head(self.hidden(idx))
         if targets is None:
             return logits, None
@@ -160,8 +160,8 @@ class GPT(nn.Module):
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=None, vocab_size=None):
         """Continue each row of idx (B, T): yields the next token of every row, (B,), max_new_tokens times or until
-        every row has emitted the token stop. temperature 0 takes the likeliest; top_k keeps the k likeliest, top_p the
-        fewest that hold that much probability together; ids from vocab_size up (padding) are never emitted.
+        every row has emitted the token stop. temperature 0 takes the likeliest, top_k keeps the k likeliest, top_p the
+        fewest that hold that much probability together. Ids from vocab_size up (padding) are never emitted.
 
         Keys and values of the tokens so far are cached, so a step costs one token. When the window of block_size is
         full, the more recent half of it is read anew as the start of the next window, and so on."""
@@ -211,7 +211,7 @@ class GPT(nn.Module):
 
     def flops_per_token(self):
         """Floating point operations to train on one token, by the usual account: forward 2 per weight of every matrix
-        and 4 * T * C per layer for attention (as if not causal); backward twice that."""
+        and 4 * T * C per layer for attention (as if not causal), backward twice that."""
         matrices = sum(p.numel() for name, p in self.named_parameters() if p.dim() == 2 and 'wpe' not in name)
         return 6 * matrices + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
 
@@ -220,7 +220,7 @@ class GPT(nn.Module):
         matrices = [p for p in self.parameters() if p.dim() >= 2]
         vectors = [p for p in self.parameters() if p.dim() < 2]
         groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=vectors, weight_decay=0.0)]
-        return torch.optim.AdamW([g for g in groups if g['params']], lr=learning_rate, betas=betas, fused=True)
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
 
 
 def sample_token(logits, temperature=1.0, top_k=None, top_p=None):

@@ -6,9 +6,9 @@ $ python prepare.py --dataset=shakespeare                # the same, in GPT-2's 
 $ python prepare.py --dataset=mine --source=my_texts/ --tokenizer=bpe --vocab_size=4096
 
 A source is a text file, .jsonl with a "text" field, either of them gzipped, .parquet with a text column, a folder of
-such files, or the http(s) address of one. Text is streamed: it may be larger than memory. Tokenizers: char; gpt2; bpe,
-trained on this very text, in any language; sp:FILE.model, a SentencePiece model; data/NAME/meta.json, what that dataset
-has, to finetune its models on this text.
+such files, or the http(s) address of one. Text is streamed: it may be larger than memory. Tokenizers: char, gpt2, bpe
+(trained on this very text, in any language), sp:FILE.model (a SentencePiece model), data/NAME/meta.json (what that
+dataset has, to finetune its models on this text).
 """
 import base64
 import gzip
@@ -190,7 +190,7 @@ def train_bpe(words, n_merges):
     """Merge the most frequent pair of neighbours into a new id, n_merges times; of equals the lowest ids come first.
 
     words counts each distinct word. A merge touches only the words that contain its pair, and only the counts of the
-    pairs that it makes or breaks; the heap holds stale counts too, which are recognised when they come up."""
+    pairs that it makes or breaks. The heap holds stale counts too, which are recognised when they come up."""
     sequences = [(list(word.encode('utf-8', 'replace')), n) for word, n in sorted(words.items())]
     counts, places = Counter(), defaultdict(set)  # of each pair: how often, and in which words
     for i, (ids, n) in enumerate(sequences):
@@ -259,31 +259,27 @@ class Progress:
 
 def download(url, path):
     """Fetch url into the file path. A break is retried; what came before it is kept in path.part and gone on from."""
-    for attempt in range(5):
+    for pause in (0.5, 1, 2, 4, 0):
         try:
-            problem = fetch(url, path + '.part', os.path.basename(path))
+            fetch(url, path + '.part', os.path.basename(path))
+            return os.replace(path + '.part', path)
         except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
-            problem = type(error).__name__
-        except requests.RequestException as error:
-            raise UserError(f'{url}: {error}') from None
-        if not problem:
-            os.replace(path + '.part', path)
-            return
-        time.sleep(2 ** attempt / 2)
+            problem = error
+            time.sleep(pause)
     raise UserError(f'{url}: given up after 5 tries ({problem}): run the same command again to go on where it stopped')
 
 
 def fetch(url, part, what):
-    """One try to complete the file part: None, or what went wrong that may go right the next time."""
+    """One try to complete the file part. What may go right the next time is raised as a ConnectionError."""
     have = os.path.getsize(part) if os.path.exists(part) else 0
     headers = {'Accept-Encoding': 'identity', 'Range': f'bytes={have}-'}
     with requests.get(url, headers=headers, stream=True, timeout=(10, 60)) as reply:
         code, span = reply.status_code, reply.headers.get('Content-Range', '')
         if code in (408, 429) or code >= 500:
-            return f'the server answered {code}'
+            raise requests.ConnectionError(f'the server answered {code}')
         if code == 416 or code == 206 and not span.startswith(f'bytes {have}-'):  # our part is not a part of that
             open(part, 'wb').close()
-            return f'the server answered {code} {span}'
+            raise requests.ConnectionError(f'the server answered {code} {span}')
         if code not in (200, 206):
             raise UserError(f'{url}: the server answered {code} {reply.reason}: check the address')
         if 'text/html' in reply.headers.get('Content-Type', ''):
@@ -298,7 +294,8 @@ def fetch(url, part, what):
                 progress(f.tell())
             size = f.tell()
         progress(size, finished=True)
-    return f'{size:,} of {total:,} bytes came' if 'Content-Length' in reply.headers and size != total else None
+        if 'Content-Length' in reply.headers and size != total:
+            raise requests.ConnectionError(f'{size:,} of {total:,} bytes came')
 
 
 IGNORED = r'/\.|\.(bin|tmp|part)$|meta\.json$'  # in a folder of texts: hidden files and folders, and what we write

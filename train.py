@@ -150,7 +150,7 @@ def compile_problem(model, batch, autocast):
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a compiler, a driver or a kernel is missing: anything can come up
-        return f"torch.compile failed ({str(error).strip().splitlines()[0]})"
+        return f"torch.compile failed ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
     finally:
         model.zero_grad(set_to_none=True)
 
@@ -258,7 +258,7 @@ if __name__ == '__main__':
 
     # model
     torch.manual_seed(seed)
-    iter_num, best_val_loss, checkpoint = 0, math.inf, None
+    iter_num, best_val_loss = 0, math.inf
     shape = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size, bias=bias, rope=rope,
                  qk_norm=qk_norm, relu2=relu2)
     if init_from == 'scratch':
