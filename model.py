@@ -6,16 +6,21 @@ the model that stacks blocks between an embedding and a head. Run it to see a mo
 $ python model.py                                       # GPT-2 124M
 $ python model.py --n_layer=24 --n_head=16 --n_embd=1024 --batch_size=4
 """
+import glob
+import json
 import math
 import os
 import re
+import sys
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from configurator import UserError, check, configure
+from configurator import UserError, check, configure, optional
+from prepare import DATA, HUB, BPETokenizer, download, get_tokenizer, nanogpt_tokenizer, read_json
 
 
 @dataclass
@@ -72,7 +77,10 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:  # generating: remember these keys and values, look back at all of them so far
             cache[0, :, :, start:start + T], cache[1, :, :, start:start + T] = k, v
             k, v = cache[:, :, :, :start + T]
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=T > 1)
+        mask = None
+        if start and T > 1:  # several tokens after remembered ones: each sees those, and of the new ones no later ones
+            mask = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start)
+        y = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0, is_causal=start == 0)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads' results side by side again
         return self.resid_dropout(self.c_proj(y))
 
@@ -157,6 +165,11 @@ class GPT(nn.Module):
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
 
+    def empty_cache(self, batch_size, length):
+        """Room for each layer's keys and values of so many tokens, for hidden()."""
+        heads, width = self.config.n_head, self.config.n_embd
+        return [self.lm_head.weight.new_empty(2, batch_size, heads, length, width // heads) for _ in self.transformer.h]
+
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=None, vocab_size=None):
         """Continue each row of idx (B, T): yields the next token of every row, (B,), max_new_tokens times or until
@@ -166,10 +179,8 @@ class GPT(nn.Module):
         Keys and values of the tokens so far are cached, so a step costs one token. When the window of block_size is
         full, the more recent half of it is read anew as the start of the next window, and so on."""
         assert not self.training, 'call model.eval() first: dropout is on'
-        size, heads, width = self.config.block_size, self.config.n_head, self.config.n_embd
-        length = min(size, idx.shape[1] + max_new_tokens)
-        cache = [self.lm_head.weight.new_empty(2, len(idx), heads, length, width // heads)  # a layer's keys and values
-                 for _ in self.transformer.h]
+        size = self.config.block_size
+        cache = self.empty_cache(len(idx), min(size, idx.shape[1] + max_new_tokens))
         window = unread = idx[:, -size:]
         start, ended = 0, torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
         for _ in range(max_new_tokens):
@@ -190,13 +201,24 @@ class GPT(nn.Module):
     @classmethod
     def from_checkpoint(cls, checkpoint, **changes):
         """The model in a checkpoint that load_checkpoint read, with the changes made to its config (dropout, say)."""
+        args, weights = {**checkpoint['model_args'], **changes}, checkpoint['model']
         try:
-            model = cls(GPTConfig(**{**checkpoint['model_args'], **changes}))
-            model.load_state_dict(checkpoint['model'])
-        except (RuntimeError, TypeError, AttributeError) as error:
+            if args['n_layer'] > len(weights):
+                raise ValueError(f"{args['n_layer']} layers in {len(weights)} tensors")
+            with torch.device('meta'):  # shapes alone: the weights take their places, with no second copy of any
+                model = cls(GPTConfig(**args))
+            model.load_state_dict({name: w.float() for name, w in weights.items()}, assign=True)
+        except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
             reason = ' '.join(str(error).split())
             raise UserError(f"a checkpoint's weights do not fit its model_args: {reason}") from None
+        model.lm_head.weight = model.transformer.wte.weight
         return model
+
+    @classmethod
+    def from_pretrained(cls, source, **changes):
+        """GPT-2 itself ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl': downloaded once), or a model of its kind from a
+        folder or .safetensors file in Hugging Face's format."""
+        return cls.from_checkpoint(load_pretrained(source), **changes)
 
     def crop_block_size(self, block_size):
         """Shorten the window, e.g. to finetune on shorter texts: the later positions are dropped."""
@@ -242,15 +264,36 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None):
     return torch.multinomial(probs, 1).squeeze(1)
 
 
-def load_checkpoint(path, *more):
-    """What train.py saved: a dict of plain values and tensors, on the CPU, more of them asked for by name. Loading it
-    cannot run code."""
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights in. Wherever they come from, they become one kind of dict, of which GPT.from_checkpoint makes a model.
+
+PRETRAINED = {'gpt2': '248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707',  # sha256, where known
+              'gpt2-medium': 'fc5a354a19255ad494f3d71549390baca1ccf61d1d822b9408971705c687c9cd',
+              'gpt2-large': None, 'gpt2-xl': None}
+DTYPES = dict(F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, U8=torch.uint8, BOOL=torch.bool)
+TURNED = ('c_attn.weight', 'c_fc.weight', 'c_proj.weight')  # Hugging Face keeps these matrices the other way round
+
+
+def load_checkpoint(source, *more):
+    """A model and what belongs to it, on the CPU: weights (model), model_args, tokenizer, config, iter_num,
+    best_val_loss, path, and more that is asked for by name. The source is a file that train.py or nanoGPT saved, the
+    folder of a run (its best.pt, or else ckpt.pt), or what GPT.from_pretrained takes. Loading it cannot run code."""
+    if source in PRETRAINED or source.endswith('.safetensors') or os.path.exists(os.path.join(source, 'config.json')):
+        return load_pretrained(source)
+    path = source
+    if os.path.isdir(source):
+        best, newest = os.path.join(source, 'best.pt'), os.path.join(source, 'ckpt.pt')
+        path = best if os.path.exists(best) else newest
     if not os.path.exists(path):
-        raise UserError(f'{path}: there is no such checkpoint: name the folder of a run with --out_dir, or make one: '
-                        'python train.py config/train_shakespeare.py')
+        raise UserError(f'{path}: there is no such checkpoint: name the folder of a run or one of '
+                        f'{", ".join(PRETRAINED)}, or train a model: python train.py config/train_shakespeare.py')
     with open(path, 'rb') as f:
         try:
             checkpoint = torch.load(f, map_location='cpu', weights_only=True)
+            if 'tokenizer' not in checkpoint:
+                checkpoint.update(from_nanogpt(checkpoint, path))
+        except UserError:
+            raise
         except Exception as error:  # torch.load has many ways to say that a file is damaged
             raise UserError(f'{path} is damaged or not a checkpoint ({type(error).__name__}): take another, such as '
                             'best.pt or what an earlier-... folder beside it holds') from error
@@ -259,8 +302,183 @@ def load_checkpoint(path, *more):
              if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(key), kind)]
     if wrong:
         raise UserError(f"{path} is not a checkpoint to start from this way: it lacks {', '.join(wrong)}")
-    return checkpoint
+    return checkpoint | dict(path=path)
 
+
+def from_nanogpt(checkpoint, path):
+    """What a nanoGPT checkpoint has otherwise: the compiler's prefix in names, masks among the weights, the loss in a
+    tensor, and no tokenizer: it is GPT-2's, or its dataset's, which lies where nanoGPT keeps it or in our data."""
+    n_vocab, dataset = checkpoint['model_args']['vocab_size'], os.path.basename(checkpoint['config']['dataset'])
+    tokenizer = dict(type='gpt2')
+    if n_vocab not in (50257, 50304):
+        beside = os.path.join(os.path.dirname(os.path.abspath(path)), '..', 'data', dataset)
+        found = [spec for folder in (beside, os.path.join(DATA, dataset)) if (spec := nanogpt_tokenizer(folder))]
+        tokenizer = next((spec for spec in found if len(spec['chars']) == n_vocab), None)
+        if not tokenizer:
+            raise UserError(f'{path}: nanoGPT trained this with the {n_vocab} characters of its dataset {dataset!r}, '
+                            f'but there is no meta.pkl with as many: copy its folder to {os.path.join(DATA, dataset)}')
+    weights = {name.removeprefix('_orig_mod.'): w for name, w in checkpoint['model'].items()
+               if not name.endswith('.attn.bias')}
+    return dict(model=weights, best_val_loss=float(checkpoint['best_val_loss']), scaler={}, tokenizer=tokenizer)
+
+
+def load_pretrained(source):
+    """Weights in Hugging Face's format as a checkpoint: in float32, with our names and our way round."""
+    files = [find_pretrained(source) if source in PRETRAINED else source]
+    if os.path.isdir(source):
+        files = sorted(glob.glob(os.path.join(glob.escape(source), 'model*.safetensors')))  # a large model has several
+    if not files or not os.path.exists(files[0]):
+        raise UserError(f'{source}: there is no model.safetensors: name a folder that transformers or '
+                        'python model.py --export_dir=FOLDER has written')
+    folder, weights = os.path.dirname(files[0]), {}
+    for file in files:
+        for name, tensor in read_safetensors(file):
+            name = name.removeprefix('transformer.')
+            if name.endswith(('.attn.bias', '.attn.masked_bias')):  # masks, in old files
+                continue
+            if not tensor.is_floating_point():
+                raise UserError(f'{file}: {name} is of {tensor.dtype}, and weights are F32, F16 or BF16')
+            tensor = tensor.transpose(0, -1) if name.endswith(TURNED) else tensor
+            tensor = tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+            weights[name if name == 'lm_head.weight' else f'transformer.{name}'] = tensor
+    try:
+        wte, wpe = weights['transformer.wte.weight'], weights['transformer.wpe.weight']
+        (vocab_size, n_embd), block_size = wte.shape, len(wpe)
+    except (KeyError, ValueError, TypeError):
+        raise UserError(f'{source} is not a GPT-2: its tensors are {", ".join(weights)[:100]}...') from None
+    if not torch.equal(weights.setdefault('lm_head.weight', wte), wte):
+        raise UserError(f'{source}: lm_head.weight is not wte.weight, which GPT-2 uses for both')
+
+    config = read_json(os.path.join(folder, 'config.json'))
+    n_layer = sum(name.endswith('.ln_1.weight') for name in weights)
+    fits = dict(model_type=['gpt2'], n_layer=[n_layer], n_embd=[n_embd], n_positions=[block_size],
+                vocab_size=[vocab_size], n_inner=[4 * n_embd, None], layer_norm_epsilon=[1e-5],
+                activation_function=['gelu_new', 'gelu_pytorch_tanh'], scale_attn_weights=[True],
+                scale_attn_by_inverse_layer_idx=[False], tie_word_embeddings=[True], add_cross_attention=[False])
+    for key, values in fits.items():
+        if config.get(key, values[0]) not in values:
+            raise UserError(f'{folder}/config.json says {key}={config[key]!r}, but this GPT-2 has {values[0]!r}')
+    if 'n_head' not in config and n_embd % 64:
+        raise UserError(f'{source}: a width of {n_embd} is not heads of 64 as in GPT-2: their number belongs in a '
+                        'config.json beside it, as n_head')
+
+    tokenizer = read_json(os.path.join(folder, 'meta.json')).get('tokenizer', dict(type='gpt2'))  # what we exported
+    for name in ('vocab.json', 'tokenizer.json'):
+        path = os.path.join(folder, name)
+        if tokenizer == dict(type='gpt2') and os.path.exists(path):
+            with open(path, 'rb') as f:
+                if not re.search(rb'gazed": ?50255\b', f.read()):  # the last of GPT-2's own
+                    tokenizer = dict(type='unknown')
+    if tokenizer == dict(type='gpt2') and not 50257 <= vocab_size <= 50304:
+        tokenizer = dict(type='unknown')
+    model_args = dict(n_layer=n_layer, n_head=config.get('n_head', n_embd // 64), n_embd=n_embd, block_size=block_size,
+                      vocab_size=vocab_size, bias='transformer.ln_f.bias' in weights, dropout=0.0)
+    return dict(model=weights, model_args=model_args, tokenizer=tokenizer, config={}, iter_num=0,
+                best_val_loss=math.inf, path=files[0])
+
+
+def find_pretrained(name):
+    """The file with these weights of OpenAI's: in Hugging Face's cache, in ours, or downloaded to ours."""
+    env = os.environ.get
+    hub = env('HF_HUB_CACHE') or os.path.join(
+        env('HF_HOME') or os.path.join(env('XDG_CACHE_HOME') or '~/.cache', 'huggingface'), 'hub')
+    path = os.path.join(os.path.expanduser(env('GPT_CACHE') or '~/.cache/gpt'), name, 'model.safetensors')
+    there = [path] if os.path.exists(path) else glob.glob(
+        os.path.expanduser(f'{hub}/models--openai-community--{name}/snapshots/*/model.safetensors'))
+    if not there:
+        print(f'{name}: downloading to {path} (another folder: GPT_CACHE=FOLDER)', file=sys.stderr)
+        download({path: f'{HUB}/openai-community/{name}/resolve/main/model.safetensors'}, PRETRAINED[name],
+                 check=lambda path: next(read_safetensors(path)))
+        there = [path]
+    return there[0]
+
+
+def read_safetensors(path):
+    """Yield (name, tensor) for a .safetensors file: the length of its header, the header, in JSON, which says what lies
+    where, and the numbers. Nothing in it is believed: it has to add up. The tensors are pages of the file."""
+    size, at = os.path.getsize(path), 0
+    with open(path, 'rb') as f:
+        length = int.from_bytes(f.read(8), 'little')
+        try:
+            if length > min(size - 8, 100_000_000):
+                raise ValueError(f'a header of {length:,} bytes in a file of {size:,}')
+            header = json.loads(f.read(length))
+            header.pop('__metadata__', None)
+            entries = sorted((*entry['data_offsets'], name, entry['dtype'], entry['shape'])
+                             for name, entry in header.items())
+            for begin, end, name, dtype, shape in entries:
+                if not all(type(n) is int and n >= 0 for n in (begin, end, *shape)):
+                    raise ValueError(f'{name} has sizes that are not whole numbers')
+                if begin != at or end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
+                    raise ValueError(f'{name}, {dtype} {shape}, in bytes {begin:,} to {end:,}, where {at:,} are taken')
+                at = end
+            if 8 + length + at != size:
+                raise ValueError(f'{8 + length + at:,} bytes by its header, {size:,} on disk')
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(f'{path} is damaged or not a safetensors file: {str(error)[:200]}') from None
+    for begin, end, name, dtype, shape in entries:
+        if end > begin:  # each is mapped by itself: pages once read would count as memory
+            data = np.memmap(path, np.uint8, 'c', 8 + length + begin, end - begin)
+            yield name, torch.from_numpy(data).view(DTYPES[dtype]).view(shape)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights out.
+
+def to_huggingface(checkpoint, folder):
+    """Write a folder that transformers loads: the weights, what it wants to know of them, and the tokenizer."""
+    config = GPTConfig(**checkpoint['model_args'])
+    if flags := [flag for flag in ('rope', 'qk_norm', 'relu2') if getattr(config, flag)]:
+        raise UserError(f"GPT-2's format has no place for {', '.join(flags)}: only a model without can be exported so; "
+                        '--export_onnx=FILE can hold it')
+    weights, tok = GPT.from_checkpoint(checkpoint).state_dict(), get_tokenizer(checkpoint['tokenizer'])
+    weights.pop('lm_head.weight')  # tied
+    weights['transformer.wte.weight'] = weights['transformer.wte.weight'][:tok.n_vocab]  # without the padding
+    tensors = {}
+    for name, w in weights.items():
+        tensors[name] = w.T if name.endswith(TURNED) else w
+        if not config.bias and not name.endswith(('wte.weight', 'wpe.weight')):
+            tensors[name.replace('weight', 'bias')] = torch.zeros(len(w))
+    header, at = dict(__metadata__=dict(format='pt')), 0
+    for name, tensor in tensors.items():
+        header[name] = dict(dtype='F32', shape=list(tensor.shape), data_offsets=[at, at := at + tensor.nbytes])
+    header = json.dumps(header).encode()
+    header += b' ' * (-len(header) % 8)
+
+    facts = dict(
+        model_type='gpt2', architectures=['GPT2LMHeadModel'], n_layer=config.n_layer, n_head=config.n_head,
+        n_embd=config.n_embd, n_positions=config.block_size, vocab_size=len(tensors['transformer.wte.weight']),
+        activation_function='gelu_new', layer_norm_epsilon=1e-5, tie_word_embeddings=True, dtype='float32',
+        resid_pdrop=config.dropout, embd_pdrop=config.dropout, attn_pdrop=config.dropout)
+    ends = dict(bos_token_id=tok.eot, eos_token_id=tok.eot)
+    files = {'config.json': facts | ends, 'generation_config.json': ends if tok.eot is not None else {},
+             'meta.json': dict(tokenizer=checkpoint['tokenizer'], vocab_size=tok.n_vocab)}
+    if isinstance(tok, BPETokenizer):
+        files.update(tok.huggingface())
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, 'model.safetensors')
+    with open(path + '.tmp', 'wb') as f:
+        f.write(len(header).to_bytes(8, 'little') + header)
+        for tensor in tensors.values():
+            tensor.contiguous().numpy().tofile(f)
+    os.replace(path + '.tmp', path)
+    for name, content in files.items():
+        with open(os.path.join(folder, name), 'w', encoding='utf-8') as f:
+            json.dump(content, f, indent=1)
+    print(f'{folder}: model.safetensors, {", ".join(files)}')
+
+
+def to_onnx(model, path):
+    """Write the model as an ONNX graph from idx, of any batch size and length, to logits."""
+    optional('onnx', 'export_onnx')
+    optional('onnxscript', 'export_onnx')
+    torch.onnx.export(model, (torch.zeros(2, 2, dtype=torch.long),), path, input_names=['idx'], output_names=['logits'],
+                      dynamic_shapes=dict(idx={0: 'batch', 1: 'time'}), dynamo=True, verbose=False)
+    print(f'{path}: idx (batch, time up to {model.config.block_size}) -> logits (batch, time, vocabulary)')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What running this file prints.
 
 def explain(config, batch_size, dtype):
     """Print every module of a model with what it does, its output's shape, parameters and forward FLOPs; then totals
@@ -310,9 +528,22 @@ def explain(config, batch_size, dtype):
 
 
 if __name__ == '__main__':
-    batch_size = 8      # how many windows are trained on at once
-    dtype = 'bfloat16'  # of the activations: bfloat16 or float32; weights, gradients and AdamW's averages are float32
+    init_from = ''      # the model to explain or export: the folder of a run, a checkpoint, gpt2-xl, ...; '': random
+    export_dir = ''     # write it there for Hugging Face's transformers
+    export_onnx = ''    # write it to this file for ONNX runtimes
+    batch_size = 8      # to explain: how many windows are trained on at once
+    dtype = 'bfloat16'  # to explain: of the activations, bfloat16 or float32; all else is float32
     globals().update(vars(GPTConfig()))
     settings = configure(globals())
     check(settings, 'batch_size > 0', "dtype in ('float32', 'bfloat16')")
-    explain(GPTConfig(**{k: v for k, v in settings.items() if k in vars(GPTConfig())}), batch_size, dtype)
+    config = GPTConfig(**{k: v for k, v in settings.items() if k in vars(GPTConfig())})
+    if export_dir or export_onnx:
+        checkpoint = load_checkpoint(init_from)
+        if export_dir:
+            to_huggingface(checkpoint, export_dir)
+        if export_onnx:
+            to_onnx(GPT.from_checkpoint(checkpoint, dropout=0.0).eval(), export_onnx)
+    else:
+        if init_from:
+            config = GPTConfig(**load_checkpoint(init_from)['model_args'])
+        explain(config, batch_size, dtype)

@@ -4,6 +4,7 @@ Text in, tokens out: data/NAME/train.bin and val.bin (raw uint8 or uint16 token 
 $ python prepare.py --dataset=shakespeare_char           # the embedded text, by characters
 $ python prepare.py --dataset=shakespeare                # the same, in GPT-2's tokens
 $ python prepare.py --dataset=mine --source=my_texts/ --tokenizer=bpe --vocab_size=4096
+$ python prepare.py --dataset=fineweb --shards=10        # the first billion tokens of FineWeb's ten
 
 A source is a text file, .jsonl with a "text" field, either of them gzipped, .parquet with a text column, a folder of
 such files, or the http(s) address of one. Text is streamed: it may be larger than memory. Tokenizers: char, gpt2, bpe
@@ -17,15 +18,17 @@ import heapq
 import io
 import json
 import os
+import pickle
 import re
 import shutil
 import sys
+import threading
 import time
 import urllib.parse
 import zlib
 from array import array
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from itertools import islice, pairwise
 
 import numpy as np
@@ -37,14 +40,24 @@ dataset = 'shakespeare_char'  # the folder in data/ to write: a row of the table
 source = ''         # where the text is; empty: what the table says
 tokenizer = ''      # char, gpt2, bpe, sp:FILE.model or another dataset's meta.json; empty: the table's, else gpt2
 vocab_size = 4096   # of a bpe that is trained here
-val_fraction = 0.1  # the last part of the text, or the last documents, are kept for validation
+val_fraction = 0.0  # the last part of the text, or the last documents, are for validation; 0: the table's, else 0.1
+shards = 0          # of a dataset that comes in many files take the first so many; 0: all
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 DATA = os.path.join(HERE, 'data')  # os.path.join(DATA, dataset): an absolute path for dataset stands for itself
 SHAKESPEARE = os.path.join(DATA, 'shakespeare', 'input.txt')
-DATASETS = {
+HUB = os.environ.get('HF_ENDPOINT') or 'https://huggingface.co'
+OWT, FINEWEB, EDU = (f'{HUB}/datasets/{name}/resolve/main/' for name in (
+    'Skylion007/openwebtext', 'kjj0/fineweb10B-gpt2', 'kjj0/finewebedu10B-gpt2'))
+DATASETS = {  # many files: source % number, on disk so many GB for each, its part of train.bin included
     'shakespeare_char': dict(source=SHAKESPEARE, tokenizer='char'),
-    'shakespeare':      dict(source=SHAKESPEARE, tokenizer='gpt2'),
+    'shakespeare':      dict(source=SHAKESPEARE),
+    'openwebtext':      dict(source=OWT + 'plain_text/train-%05d-of-00080.parquet', shards=range(80), disk=0.53,
+                             val_fraction=0.0005),
+    'fineweb':          dict(source=FINEWEB + 'fineweb_train_%06d.bin', shards=range(1, 104), disk=0.4,
+                             val=FINEWEB + 'fineweb_val_000000.bin'),
+    'fineweb_edu':      dict(source=EDU + 'finewebedu_train_%06d.bin', shards=range(1, 100), disk=0.4,
+                             val=EDU + 'finewebedu_val_000000.bin'),
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -104,6 +117,28 @@ class BPETokenizer:
     def decode_bytes(self, ids):
         return self.encoding.decode_bytes([int(i) for i in ids])
 
+    def huggingface(self):
+        """The files of which transformers makes the same tokenizer: {name: content}."""
+        visible = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2's files write each byte as a letter
+        letters = {b: chr(b) for b in visible}
+        letters.update((b, chr(256 + i)) for i, b in enumerate(b for b in range(256) if b not in letters))
+        pieces = [self.encoding.decode_single_token_bytes(i) for i in range(self.n_vocab) if i != self.eot]
+        known = {piece: ''.join(letters[b] for b in piece) for piece in pieces}
+        merges = [(known[piece[:i]], known[piece[i:]]) for piece in pieces for i in range(1, len(piece))
+                  if piece[:i] in known and piece[i:] in known]  # tiktoken merges whatever makes a piece
+        end = dict(id=self.eot, content=END_OF_TEXT, special=True, normalized=False, single_word=False, lstrip=False,
+                   rstrip=False)
+        split = dict(type='Split', pattern=dict(Regex=self.encoding._pat_str), behavior='Isolated', invert=False)
+        byte_level = dict(type='ByteLevel', add_prefix_space=False, trim_offsets=True, use_regex=False)
+        vocab = {letter: i for i, letter in enumerate([*known.values(), END_OF_TEXT])}
+        return {
+            'tokenizer.json': dict(
+                version='1.0', added_tokens=[end], model=dict(type='BPE', vocab=vocab, merges=merges),
+                pre_tokenizer=dict(type='Sequence', pretokenizers=[split, byte_level]), decoder=byte_level),
+            'tokenizer_config.json': dict(
+                tokenizer_class='PreTrainedTokenizerFast', clean_up_tokenization_spaces=False, bos_token=END_OF_TEXT,
+                eos_token=END_OF_TEXT, unk_token=END_OF_TEXT)}
+
 
 class SentencePieceTokenizer:
     """A SentencePiece model as it is: what its normalisation drops (newlines, usually) or does not know is lost."""
@@ -148,6 +183,8 @@ def get_tokenizer(spec):
             raise UserError(f"tiktoken could not download GPT-2's tokenizer, as it does once ({type(error).__name__}): "
                             'run this with a network, or set TIKTOKEN_CACHE_DIR to a folder that tiktoken has filled '
                             'elsewhere, or train a tokenizer here with --tokenizer=bpe') from error
+    if spec['type'] == 'unknown':
+        raise UserError("these weights were trained with a tokenizer that is not GPT-2's and that we cannot read")
     raise UserError(f"tokenizer {spec['type']!r}: choose char, gpt2, bpe or sp:FILE.model")
 
 
@@ -181,8 +218,11 @@ def make_spec(tokenizer, files, vocab_size):
         with open(path, 'rb') as f:
             return dict(type='sp', model=base64.b64encode(f.read()).decode())
     if tokenizer.endswith('.json'):
-        with open(tokenizer, encoding='utf-8') as f:
-            return json.load(f)['tokenizer']
+        if spec := read_json(tokenizer).get('tokenizer'):
+            return spec
+        raise UserError(f'tokenizer={tokenizer}: there is no such file, or no tokenizer in it')
+    if tokenizer.endswith('meta.pkl') and (spec := nanogpt_tokenizer(os.path.dirname(tokenizer))):
+        return spec
     return dict(type=tokenizer)
 
 
@@ -257,20 +297,61 @@ class Progress:
               end='\x1b[K\r' if terminal and not finished else '\n', file=sys.stderr, flush=True)
 
 
-def download(url, path):
-    """Fetch url into the file path. A break is retried; what came before it is kept in path.part and gone on from."""
-    for pause in (0.5, 1, 2, 4, 0):
+PAUSES = 0.5, 1, 2, 4, 0  # seconds, after each try
+
+
+def download(urls, digest=None, check=None):
+    """Fetch {path: url}, several side by side. A path appears when its file is whole: of the length and the sha256 that
+    the server names (or of this digest), and nothing that check(file) refuses. A break is retried, and what came before
+    it is kept in path.part and gone on from, in a later run too."""
+    tallies, stop = {path: [0, 0] for path in urls}, threading.Event()  # bytes that have come, and that are to come
+
+    def whole(path, url):
+        part = path + '.part'
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        for pause in PAUSES:
+            try:
+                named = fetch(url, part, tallies[path], stop)
+                break
+            except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
+                problem = error
+                stop.wait(pause)
+        else:
+            raise UserError(f'{url}: given up after {len(PAUSES)} tries ({problem}): run the same command again to go '
+                            'on where it stopped')
         try:
-            fetch(url, path + '.part', os.path.basename(path))
-            return os.replace(path + '.part', path)
-        except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
-            problem = error
-            time.sleep(pause)
-    raise UserError(f'{url}: given up after 5 tries ({problem}): run the same command again to go on where it stopped')
+            wanted = digest or named
+            if wanted and sha256([part]) != wanted:
+                raise UserError(f'its sha256 is {sha256([part])}, not {wanted}')
+            if check:
+                check(part)
+        except UserError as error:
+            os.remove(part)
+            raise UserError(f'{url}: what came is not what should ({error}): try again, or another network') from None
+        os.replace(part, path)
+
+    what = os.path.basename(next(iter(urls))) if len(urls) == 1 else f'{len(urls)} files'
+    progress = Progress(f'downloading {what}', 0, 'MB')
+    with ThreadPoolExecutor(8) as pool:
+        jobs = [pool.submit(whole, path, url) for path, url in urls.items()]
+        left = jobs
+        try:
+            while left:
+                done, left = wait(jobs, 1, FIRST_EXCEPTION)
+                for job in done:
+                    job.result()  # raises what went wrong there
+                come, sizes = zip(*tallies.values(), strict=True)
+                started = sum(map(bool, sizes))
+                progress.total = started and sum(sizes) / started * len(urls)
+                progress(sum(come), finished=not left)
+        finally:  # if one has failed, or on Ctrl-C, the others stop too
+            stop.set()
+            pool.shutdown(cancel_futures=True)
 
 
-def fetch(url, part, what):
-    """One try to complete the file part. What may go right the next time is raised as a ConnectionError."""
+def fetch(url, part, tally, stop):
+    """One try to complete the file part. Returns the sha256 that Hugging Face says it has, or None. What may go right
+    the next time is raised as a ConnectionError."""
     have = os.path.getsize(part) if os.path.exists(part) else 0
     headers = {'Accept-Encoding': 'identity', 'Range': f'bytes={have}-'}
     with requests.get(url, headers=headers, stream=True, timeout=(10, 60)) as reply:
@@ -286,30 +367,47 @@ def fetch(url, part, what):
             raise UserError(f'{url} is a web page, not a data file: give the address of the file itself')
         if code == 200:
             have = 0  # all of it comes again
-        total = have + int(reply.headers.get('Content-Length', 0))
-        progress = Progress(f'downloading {what}', total, 'MB')
+        length = int(reply.headers.get('Content-Length', 0))
+        check_space(part, length)
+        tally[1] = tally[0] + length
         with open(part, 'ab' if have else 'wb') as f:
             for block in reply.iter_content(1 << 16):  # what a break cuts short is lost
                 f.write(block)
-                progress(f.tell())
+                tally[0] += len(block)
+                if stop.is_set():
+                    raise UserError(f'{url}: stopped')
             size = f.tell()
-        progress(size, finished=True)
-        if 'Content-Length' in reply.headers and size != total:
-            raise requests.ConnectionError(f'{size:,} of {total:,} bytes came')
+        if 'Content-Length' in reply.headers and size != have + length:
+            raise requests.ConnectionError(f'{size:,} of {have + length:,} bytes came')
+        first = (reply.history or [reply])[0].headers.get('X-Linked-ETag', '').strip('"')
+        return first if re.fullmatch('[0-9a-f]{64}', first) else None
+
+
+def check_space(path, size):
+    free = shutil.disk_usage(os.path.dirname(path)).free
+    if free < size:
+        raise UserError(f'{os.path.dirname(path)} has {free / 1e9:,.1f} GB free, but {size / 1e9:,.1f} GB are to come: '
+                        'make room, or put a link to a larger disk there')
 
 
 IGNORED = r'/\.|\.(bin|tmp|part)$|meta\.json$'  # in a folder of texts: hidden files and folders, and what we write
 
 
-def locate(source, folder):
-    """The files of a source, an address among them downloaded into folder first."""
+def locate(source, folder, row, shards):
+    """The files of a source, those that have an address downloaded into folder first."""
     if re.match('https?://', source):
-        name = os.path.basename(urllib.parse.urlparse(source).path) or 'source.txt'
-        path = os.path.join(folder, f'{hashlib.sha256(source.encode()).hexdigest()[:8]}-{name}')
-        if not os.path.exists(path):
-            os.makedirs(folder, exist_ok=True)
-            download(source, path)
-        return [path]
+        urls = {f'{hashlib.sha256(source.encode()).hexdigest()[:8]}-{url_name(source)}': source}
+        if source == row.get('source'):
+            urls = [source % number for number in row['shards'][:shards or None]] + [row['val']] * ('val' in row)
+            urls = {url_name(url): url for url in urls}
+        urls = {os.path.join(folder, 'download', name): url for name, url in urls.items()}
+        missing = {path: url for path, url in urls.items() if not os.path.exists(path)}
+        os.makedirs(os.path.join(folder, 'download'), exist_ok=True)
+        there = sum(os.path.getsize(p) for path in urls for p in (path, path + '.part') if os.path.exists(p))
+        check_space(os.path.join(folder, 'train.bin'), row.get('disk', 0) * 1e9 * len(urls) - there)
+        if missing:
+            download(missing, check=shard_tokens if source.endswith('.bin') else None)
+        return list(urls)
     if os.path.isdir(source):
         files = [os.path.join(base, name) for base, _, names in os.walk(source) for name in names]
         return sorted(path for path in files
@@ -319,8 +417,21 @@ def locate(source, folder):
     return [source]
 
 
+def url_name(url):
+    return os.path.basename(urllib.parse.urlparse(url).path) or 'source.txt'
+
+
+def shard_tokens(path):
+    """How many tokens are in a shard: 256 int32 (a magic number, version 1, that count, zeros), then uint16 ids."""
+    header, size = np.fromfile(path, '<i4', 256), os.path.getsize(path)
+    if len(header) < 256 or tuple(header[:2]) != (20240520, 1) or size != 1024 + 2 * int(header[2]):
+        raise UserError(f'{path} is not a whole shard of GPT-2 tokens: its header is {header[:3].tolist()} and it has '
+                        f'{size:,} bytes')
+    return int(header[2])
+
+
 def read(files, what):
-    """Yield (text, ends): pieces of text, and whether the document ends with this one. Shows progress."""
+    """Yield (text, ends): pieces of text (ids, from shards), and whether the document ends with it. Shows progress."""
     progress, done = Progress(what, sum(map(os.path.getsize, files)), 'MB'), 0
     for path in files:
         with open(path, 'rb') as raw:
@@ -347,6 +458,12 @@ def read_file(f, path):
             for text in batch['text'].to_pylist():
                 yield str(text or ''), True
         return
+    if kind == 'bin':
+        shard_tokens(path)
+        f.seek(1024)
+        while block := f.read(2 * CHUNK):
+            yield np.frombuffer(block, '<u2'), False
+        return
     with io.TextIOWrapper(f, 'utf-8-sig') as lines:
         if kind == 'jsonl':
             for number, line in enumerate(lines, 1):
@@ -369,15 +486,24 @@ def read_file(f, path):
 # ---------------------------------------------------------------------------------------------------------------------
 # Bins.
 
-def prepare(dataset, source='', tokenizer='', vocab_size=4096, val_fraction=0.1):
+def prepare(dataset, source='', tokenizer='', vocab_size=4096, val_fraction=0.0, shards=0):
     """Write train.bin, val.bin and meta.json for a dataset: a row of DATASETS or any other text. Returns meta."""
     row, folder = DATASETS.get(dataset, {}), os.path.join(DATA, dataset)
+    row = row if source in ('', row.get('source')) else {}
     source, tokenizer = source or row.get('source'), tokenizer or row.get('tokenizer', 'gpt2')
+    val_fraction = val_fraction or row.get('val_fraction', 0.1)
     if not source:
         raise UserError(f'dataset={dataset!r} is not one of {", ".join(DATASETS)}: say where its text is with '
                         '--source=FILE_OR_FOLDER_OR_URL')
-    check(dict(val_fraction=val_fraction), 'val_fraction > 0', 'val_fraction < 1')
-    files = locate(source, folder)
+    check(dict(val_fraction=val_fraction, shards=shards), 'val_fraction > 0', 'val_fraction < 1', 'shards >= 0')
+    if shards and 'shards' not in row:
+        raise UserError(f'shards={shards}, but {source} does not come in shards: leave it out')
+    tokenized = source.endswith('.bin')
+    if tokenized and tokenizer != 'gpt2':
+        raise UserError(f"tokenizer={tokenizer!r}, but {source} is in GPT-2's tokens already: leave it out")
+    if source.endswith('.parquet'):
+        optional('pyarrow.parquet', source)  # better now than after the download
+    files = locate(source, folder, row, shards)
     if not any(map(os.path.getsize, files)):
         raise UserError(f'source={source!r} is empty: there is no text in it')
     spec = make_spec(tokenizer, files, vocab_size)
@@ -385,6 +511,7 @@ def prepare(dataset, source='', tokenizer='', vocab_size=4096, val_fraction=0.1)
     if tok.n_vocab > 65536:
         raise UserError(f'the tokenizer has {tok.n_vocab:,} tokens; bins hold ids of 16 bits: at most 65,536')
     dtype = np.dtype('uint8' if tok.n_vocab <= 256 else '<u2')
+    encode = (lambda ids: ids) if tokenized else tok.encode
 
     os.makedirs(folder, exist_ok=True)
     paths = [os.path.join(folder, name) for name in ('train.bin', 'val.bin', 'meta.json')]
@@ -394,7 +521,7 @@ def prepare(dataset, source='', tokenizer='', vocab_size=4096, val_fraction=0.1)
     with open(train, 'wb') as f, ThreadPoolExecutor() as pool:
         pieces = read(files, 'tokens')
         while some := list(islice(pieces, 64)):  # tiktoken works outside Python's lock, so threads use every core
-            for ids, (_, ends) in zip(pool.map(tok.encode, [text for text, _ in some]), some, strict=True):
+            for ids, (_, ends) in zip(pool.map(encode, [text for text, _ in some]), some, strict=True):
                 if between and len(ids):
                     ids, between = np.concatenate((separator, ids)), False
                     starts.append(n + len(separator))
@@ -403,7 +530,7 @@ def prepare(dataset, source='', tokenizer='', vocab_size=4096, val_fraction=0.1)
                 between = between or (ends and n > 0)
     if n < 2:
         raise UserError(f'source={source!r} is {n} tokens long: there is nothing to learn in it')
-    n_val = min(max(1, round(n * val_fraction)), n - 1)
+    n_val = shard_tokens(files[-1]) if 'val' in row else min(max(1, round(n * val_fraction)), n - 1)
     nearest = min(starts, key=lambda start: abs(n - n_val - start), default=n - n_val)
     if abs(n - n_val - nearest) <= n_val / 2:  # better between two documents than in the middle of one
         n_val = n - nearest
@@ -433,37 +560,83 @@ def sha256(files):
     return digest.hexdigest()
 
 
-def load_dataset(dataset):
-    """A prepared dataset's meta and the paths of its bins, checked: sizes as meta says, all ids in the vocabulary."""
+def read_json(path):
+    """The object in a JSON file, or {} where there is no such file."""
+    if not os.path.exists(path):
+        return {}
+    with open(path, encoding='utf-8') as f:
+        try:
+            found = json.load(f)
+            if isinstance(found, dict):
+                return found
+            error = 'not an object'
+        except (ValueError, RecursionError) as problem:
+            error = problem
+    raise UserError(f'{path} is damaged ({error}): make or get it again')
+
+
+class PlainUnpickler(pickle._Unpickler):
+    """Knows only the opcodes of dicts, lists, strings and numbers: whatever a file says, nothing else can come of it.
+    Made of Python's own unpickler, since the faster one in C takes as much memory as a file merely asks for."""
+    plain = ('PROTO FRAME STOP MARK MEMOIZE PUT BINPUT LONG_BINPUT GET BINGET LONG_BINGET EMPTY_DICT DICT SETITEM '
+             'SETITEMS EMPTY_LIST LIST APPEND APPENDS UNICODE BINUNICODE SHORT_BINUNICODE NONE NEWTRUE NEWFALSE '
+             'INT BININT BININT1 BININT2 LONG LONG1 FLOAT BINFLOAT')
+    dispatch = {code: pickle._Unpickler.dispatch[code] for code in (getattr(pickle, name)[0] for name in plain.split())}
+
+
+def nanogpt_tokenizer(folder):
+    """The spec of the characters in a meta.pkl of nanoGPT's, or None where there is none."""
+    path = os.path.join(folder, 'meta.pkl')
+    if not os.path.exists(path):
+        return None
+    with open(path, 'rb') as f:
+        try:
+            itos = PlainUnpickler(io.BytesIO(f.read(1 << 26))).load()['itos']
+            chars = ''.join(itos[i] for i in range(len(itos)))
+            if not len(chars) == len(set(chars)) == len(itos) > 0:
+                raise ValueError('itos is not characters, each one once')
+        except Exception as error:  # an unpickler has many ways to say that a file is damaged
+            raise UserError(f'{path} is damaged or not of a char dataset of nanoGPT ({type(error).__name__}: {error}): '
+                            'it may hold plain dicts, lists, strings and numbers only') from None
+    return dict(type='char', chars=chars)
+
+
+def load_dataset(dataset, scan=True):
+    """A prepared dataset's meta and the paths of its bins, checked: sizes as meta says, and if scan, that all ids are
+    in the vocabulary. A folder that nanoGPT's scripts prepared has no meta.json, and ids of 16 bits always."""
     folder, again = os.path.join(DATA, dataset), f'run python prepare.py --dataset={dataset}'
     if dataset not in DATASETS:
         again += ' --source=FILE_OR_FOLDER_OR_URL'
+    path, splits = os.path.join(folder, 'meta.json'), ('train', 'val')
+    bins = {split: os.path.join(folder, f'{split}.bin') for split in splits}
+    sizes = {split: os.path.getsize(bins[split]) if os.path.exists(bins[split]) else 0 for split in splits}
+    nanogpt, meta = not os.path.exists(path), read_json(path)
+    if nanogpt:
+        if not all(sizes.values()) or os.path.exists(path + '.tmp'):
+            raise UserError(f'{folder} is not prepared (no meta.json): {again}')
+        spec = nanogpt_tokenizer(folder) or dict(type='gpt2')
+        meta = dict(tokenizer=spec, vocab_size=len(spec.get('chars', range(50257))), dtype='uint16',
+                    **{f'{split}_tokens': sizes[split] // 2 for split in splits})
     try:
-        with open(os.path.join(folder, 'meta.json'), encoding='utf-8') as f:
-            meta = json.load(f)
         dtype, n_vocab, _ = np.dtype(meta['dtype']), meta['vocab_size'], meta['tokenizer']['type']
-        expected = {split: meta[f'{split}_tokens'] for split in ('train', 'val')}
+        expected = {split: meta[f'{split}_tokens'] for split in splits}
         if not all(isinstance(n, int) and n > 0 for n in (n_vocab, *expected.values())):
             raise ValueError('a count that is not a whole number')
-    except FileNotFoundError:
-        raise UserError(f'{folder} is not prepared (no meta.json): {again}') from None
+        if dtype != ('uint8' if n_vocab <= 256 and not nanogpt else 'uint16'):
+            raise ValueError(f'{n_vocab} ids are not kept in {dtype}')
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f'{folder}/meta.json is damaged ({type(error).__name__}: {error}): {again}') from None
-    if dtype != ('uint8' if n_vocab <= 256 else 'uint16'):
-        raise UserError(f'{folder}/meta.json says {dtype}, but {n_vocab} ids are kept otherwise: {again}')
-    bins = {split: os.path.join(folder, f'{split}.bin') for split in expected}
-    for split, path in bins.items():
-        size = os.path.getsize(path) if os.path.exists(path) else 0
-        if size != expected[split] * dtype.itemsize:
-            raise UserError(f'{path} holds {size:,} bytes but meta.json says {expected[split] * dtype.itemsize:,} '
-                            f'({dtype} x {expected[split]:,} tokens): {again}')
-        for start in range(0, expected[split], 1 << 26):  # in parts, each mapped anew: mapped pages count as memory
-            ids = np.memmap(path, dtype, 'r')[start:start + (1 << 26)]
+        raise UserError(f'{path} is damaged ({type(error).__name__}: {error}): {again}') from None
+    for split, bin in bins.items():
+        if sizes[split] != expected[split] * dtype.itemsize:
+            raise UserError(f'{bin} holds {sizes[split]:,} bytes but meta.json says '
+                            f'{expected[split] * dtype.itemsize:,} ({dtype} x {expected[split]:,} tokens): {again}')
+        for start in range(0, expected[split] if scan else 0, 1 << 26):  # in parts, each mapped anew: mapped pages
+            ids = np.memmap(bin, dtype, 'r')[start:start + (1 << 26)]    # count as memory
             if ids.max() >= n_vocab:
-                raise UserError(f'{path} holds the id {ids.max()}, beyond the vocabulary of {n_vocab:,}: {again}')
+                raise UserError(f'{bin} holds the id {ids.max()}, beyond the vocabulary of {n_vocab:,}: {again}')
     return meta, bins
 
 
 if __name__ == '__main__':
     configure(globals())
-    prepare(dataset, source, tokenizer, vocab_size, val_fraction)
+    prepare(dataset, source, tokenizer, vocab_size, val_fraction, shards)

@@ -4,11 +4,11 @@ Write text with a model.
 $ python sample.py --out_dir=out-shakespeare                      # the best model of a run
 $ python sample.py --out_dir=out --start="To be" --num_samples=1 --temperature=0.5
 $ cat prompt.txt | python sample.py --init_from=out/ckpt.pt --start=- --stop=END
+$ python sample.py --init_from=gpt2-xl --start="The meaning of life is"
 
 The text goes to stdout, everything else to stderr.
 """
 import codecs
-import os
 import signal
 import sys
 import time
@@ -19,7 +19,7 @@ from configurator import UserError, check, configure, resolve
 from model import GPT, load_checkpoint
 from prepare import get_tokenizer
 
-init_from = 'resume'   # 'resume': the model in out_dir, best.pt or else ckpt.pt; or the path of a checkpoint
+init_from = 'resume'   # 'resume' (the run in out_dir, its best.pt or else ckpt.pt), out-mine, x/ckpt.pt, gpt2-xl, ...
 out_dir = 'out'        # where a run has left its checkpoints
 start = ''             # the beginning to go on from; FILE:prompt.txt reads a file, - standard input
 num_samples = 3        # how many texts: the first appears as it is written, the others, written beside it, afterwards
@@ -74,15 +74,12 @@ if __name__ == '__main__':
     if hasattr(signal, 'SIGPIPE'):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # sample.py | head ends quietly
 
-    path = init_from
-    if init_from == 'resume':
-        best, newest = os.path.join(out_dir, 'best.pt'), os.path.join(out_dir, 'ckpt.pt')
-        path = best if os.path.exists(best) else newest
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_checkpoint(out_dir if init_from == 'resume' else init_from)
     model = GPT.from_checkpoint(checkpoint, dropout=0.0).to(device, getattr(torch, dtype)).eval()
     tok = get_tokenizer(checkpoint['tokenizer'])
-    print(f"{path}: step {checkpoint['iter_num']}, val loss {checkpoint['best_val_loss']:.4f}, "
-          f'{model.num_params():,} parameters, on {device} in {dtype}', file=sys.stderr)
+    trained = f"step {checkpoint['iter_num']}, val loss {checkpoint['best_val_loss']:.4f}, "
+    print(f"{checkpoint['path']}: {trained if checkpoint['config'] else ''}{model.num_params():,} parameters, "
+          f'on {device} in {dtype}', file=sys.stderr)
 
     prompt = read_start(start)
     ids = tok.encode(prompt, special=True).tolist()

@@ -10,6 +10,7 @@ import http.server
 import json
 import math
 import os
+import pickle
 import re
 import runpy
 import shutil
@@ -27,8 +28,18 @@ import pytest
 import torch
 
 import prepare
+import train
 from configurator import UserError, configure, resolve
-from model import GPT, CausalSelfAttention, GPTConfig, rotate, sample_token
+from model import (
+    GPT,
+    CausalSelfAttention,
+    GPTConfig,
+    load_checkpoint,
+    rotate,
+    sample_token,
+    to_huggingface,
+    to_onnx,
+)
 from prepare import SPLIT, download, get_tokenizer, load_dataset, train_bpe
 from sample import Writer
 from train import epoch_windows, get_lr, get_windows, train_starts
@@ -177,19 +188,6 @@ def test_nobody_sees_the_future(flags):
     other[0, 9] = (idx[0, 9] + 1) % 11
     same = torch.isclose(model(idx)[0], model(other)[0], atol=1e-6).all(-1)[0]
     assert same[:9].all() and not same[9:].any()
-
-
-def test_gpt2_is_gpt2():
-    """The same weights give the same logits as transformers' implementation, with its names (matrices transposed)."""
-    transformers = pytest.importorskip('transformers')
-    torch.manual_seed(0)
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        vocab_size=97, n_positions=32, n_embd=48, n_layer=3, n_head=4, initializer_range=0.2)).eval()
-    ours = GPT(GPTConfig(vocab_size=97, block_size=32, n_embd=48, n_layer=3, n_head=4)).eval()
-    matrices = ('c_attn.weight', 'c_fc.weight', 'c_proj.weight')
-    ours.load_state_dict({k: v.T if k.endswith(matrices) else v for k, v in theirs.state_dict().items()})
-    idx = torch.randint(97, (2, 32))
-    torch.testing.assert_close(ours(idx)[0], theirs(idx).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_initialisation():
@@ -482,54 +480,408 @@ def test_source_parquet_and_sentencepiece_say_what_to_install(tmp_path, monkeypa
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """A web server with the faults of the real ones; counts what it was asked."""
-    body, asked = bytes(range(256)) * 4000, Counter()
+    """A web server with the faults of the real ones. files: {path: body}; the first part of a path says what goes wrong
+    with it the first time (cut-, busy-) or always. asked counts the requests for each path."""
+    files, asked = {}, Counter()
 
     def do_GET(self):
         name, start = self.path.strip('/'), 0
+        fault, _, _ = os.path.basename(name).partition('-')
         self.asked[name] += 1
-        body, first = self.body, self.asked[name] == 1
-        if name == 'missing' or (name == 'busy' and first):
-            self.send_error(404 if name == 'missing' else 503)
-            return
-        asked_from = int(re.fullmatch(r'bytes=(\d+)-', self.headers.get('Range', 'bytes=0-'))[1])
-        if name == 'breaks' and not first:  # goes on where it broke off
-            start = asked_from
-            assert 0 < start <= 300_000
+        body, first = self.files.get(name), self.asked[name] == 1
+        if body is None or fault == 'busy' and first:
+            return self.send_error(404 if body is None else 500)
+        if fault == 'moved' and not name.startswith('new/'):  # as Hugging Face does, telling the hash
+            self.send_response(302)
+            self.send_header('Location', f'/new/{name}')
+            self.send_header('X-Linked-ETag', f'"{hashlib.sha256(self.files[name]).hexdigest()}"')
+            return self.end_headers()
+        wanted = int(re.fullmatch(r'bytes=(\d+)-', self.headers.get('Range', 'bytes=0-'))[1])
+        if fault != 'norange' and wanted:
+            assert wanted <= len(body)
+            start = wanted
+        if fault == 'page':
+            body = b'<html>please log in</html>'
         self.send_response(206 if start else 200)
         if start:
             self.send_header('Content-Range', f'bytes {start}-{len(body) - 1}/{len(body)}')
-        if name == 'page':
-            body = b'<html>please log in</html>'
-            self.send_header('Content-Type', 'text/html')
-        self.send_header('Content-Length', str(len(body) - start))
+        self.send_header('Content-Type', 'text/html; charset=utf-8' if fault == 'page' else 'application/octet-stream')
+        self.send_header('Content-Length', str(len(body) - start + 7 * (fault == 'short')))
         self.end_headers()
-        self.wfile.write(body[start:300_000] if first and name in ('breaks', 'no-range') else body[start:])
+        cut = first and fault in ('cut', 'norange')
+        self.wfile.write(body[start:len(body) // 3] if cut else body[start:])
 
     def log_message(self, *args):
         pass
 
 
-def test_downloads_are_whole_or_refused(tmp_path, monkeypatch):
-    """A break is gone on from, or begun anew where the server cannot; an error page is never taken for data."""
-    monkeypatch.setattr(prepare.time, 'sleep', lambda seconds: None)
+@pytest.fixture
+def server(monkeypatch):
+    """Its address; nobody waits between tries."""
+    monkeypatch.setattr(prepare, 'PAUSES', (0, 0, 0))
+    monkeypatch.setattr(Server, 'files', {})
+    monkeypatch.setattr(Server, 'asked', Counter())
     server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Server)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f'http://127.0.0.1:{server.server_port}/'
-    try:
-        for name, tries in (('fine', 1), ('breaks', 2), ('no-range', 2), ('busy', 2)):
-            download(url + name, str(tmp_path / name))
-            assert (tmp_path / name).read_bytes() == Server.body and Server.asked[name] == tries, name
-        for name, message in (('missing', '404'), ('page', 'web page')):
-            with pytest.raises(UserError, match=message):
-                download(url + name, str(tmp_path / name))
-            assert not (tmp_path / name).exists()
-    finally:
-        server.shutdown()
-        server.server_close()
-    with pytest.raises(UserError, match='5 tries'):
-        download(url + 'gone', str(tmp_path / 'gone'))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['breaks', 'busy', 'fine', 'no-range']
+    yield f'http://127.0.0.1:{server.server_port}'
+    server.shutdown()
+    server.server_close()
+
+
+def test_downloads_are_whole_or_refused(server, tmp_path):
+    """A break is gone on from, or begun anew where the server cannot; a busy server is asked again; a wrong file, an
+    error page, half a file is one clear line and leaves nothing that could be taken for the file."""
+    body = bytes(range(256)) * 4000
+    good, bad = ('fine', 'cut', 'norange', 'busy', 'moved-1'), ('missing', 'page', 'short', 'moved-2', 'fine-hash')
+    Server.files |= {name: body for name in (*good, *bad, 'new/moved-1') if name != 'missing'}
+    Server.files['new/moved-2'] = body[:-1] + b'x'
+    download({str(tmp_path / name): f'{server}/{name}' for name in good})  # side by side
+    assert all((tmp_path / name).read_bytes() == body for name in good)
+    assert [Server.asked[name] for name in good] == [1, 2, 2, 2, 1]
+    for name, message in zip(bad, ('404', 'web page', 'tries .*1,024,000 of 1,024,007|IncompleteRead', 'its sha256 is',
+                                   'its sha256 is .*, not 00'), strict=True):
+        with pytest.raises(UserError, match=message) as error:
+            download({str(tmp_path / name): f'{server}/{name}'}, digest='00' if name == 'fine-hash' else None)
+        assert '\n' not in str(error.value) and not (tmp_path / name).exists()
+    with pytest.raises(UserError, match='3 tries'):
+        download({str(tmp_path / 'gone'): 'http://127.0.0.1:9/gone'})
+    assert {p.name for p in tmp_path.iterdir()} <= {*good, 'short.part', 'missing.part'}
+
+
+def test_a_failed_download_stops_the_others_and_goes_on_later(server, tmp_path):
+    """One of several fails: what the others have stays in .part, and the next run asks for the rest only."""
+    Server.files |= {f'fine-{i}': b'x' * 5_000_000 for i in range(3)}
+    (tmp_path / 'fine-0.part').write_bytes(b'x' * 4_999_990)
+    urls = {str(tmp_path / name): f'{server}/{name}' for name in ('fine-0', 'fine-1', 'fine-2', 'fine-none')}
+    with pytest.raises(UserError, match='fine-none: the server answered 404'):
+        download(urls)
+    Server.files['fine-none'] = b'y'
+    download({path: url for path, url in urls.items() if not os.path.exists(path)})
+    assert all(Path(path).read_bytes() == Server.files[os.path.basename(path)] for path in urls)
+
+
+def shard(ids):
+    return np.array([20240520, 1, len(ids)] + [0] * 253, '<i4').tobytes() + np.array(ids, '<u2').tobytes()
+
+
+def test_big_datasets_come_in_shards(server, tmp_path, monkeypatch, gpt2_files):
+    """Shards are checked, and become one train.bin in their order, the validation shard val.bin; what is there already
+    is not fetched again; too small a disk is noticed before; a bad shard is refused by name."""
+    ids = [np.random.default_rng(i).integers(50257, size=1000 + i) for i in range(4)]
+    Server.files |= {f'fine-{i}.bin': shard(ids[i]) for i in range(4)}
+    row = dict(source=f'{server}/fine-%d.bin', shards=range(1, 4), val=f'{server}/fine-0.bin', disk=1e-6)
+    monkeypatch.setitem(prepare.DATASETS, str(tmp_path), row)
+    for shards, used in ((2, ids[1:3]), (0, ids[1:])):
+        prepare.prepare(str(tmp_path), shards=shards)
+        (train, val), meta = stored(tmp_path)
+        assert train == np.concatenate(used).tolist() and val == ids[0].tolist()
+        assert meta['tokenizer'] == dict(type='gpt2') and load_dataset(str(tmp_path))
+    assert set(Server.asked.values()) == {1}
+    before = {p: p.read_bytes() for p in tmp_path.rglob('*.*')}
+    (tmp_path / 'download' / 'fine-3.bin').unlink()
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as small:
+        small.setattr(prepare.shutil, 'disk_usage', lambda path: usage._replace(free=100))
+        with pytest.raises(UserError, match='has 0.0 GB free, but'):
+            prepare.prepare(str(tmp_path))
+    for bad in (shard(ids[3])[:-2], b'\0' * 5000, b''):
+        Server.files['fine-3.bin'] = bad
+        with pytest.raises(UserError, match='fine-3.bin.*not a whole shard'):
+            prepare.prepare(str(tmp_path))
+    with pytest.raises(UserError, match="in GPT-2's tokens already"):
+        prepare.prepare(str(tmp_path), tokenizer='char')
+    del before[tmp_path / 'download' / 'fine-3.bin']
+    assert {p: p.read_bytes() for p in tmp_path.rglob('*.*')} == before
+    monkeypatch.setitem(sys.modules, 'pyarrow', None)
+    with pytest.raises(UserError, match='pip install pyarrow'):  # before 24 GB are downloaded
+        prepare.prepare('openwebtext')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights in and out.
+
+def hugging_face(folder, dtype='float32', prefix='transformer.', **changes):
+    """A random GPT-2 of transformers, saved by it: the model as it loads it again, in float32."""
+    transformers = pytest.importorskip('transformers')
+    torch.manual_seed(0)
+    config = dict(vocab_size=97, n_positions=32, n_embd=48, n_layer=3, n_head=4, initializer_range=0.2,
+                  bos_token_id=0, eos_token_id=0, pad_token_id=0)
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**config | changes))
+    theirs.to(getattr(torch, dtype)).save_pretrained(folder)
+    if not prefix:  # as OpenAI's were converted, with masks among the weights
+        from safetensors.torch import load_file, save_file
+        weights = {k.removeprefix('transformer.'): v for k, v in load_file(folder / 'model.safetensors').items()}
+        for i in range(3):
+            weights[f'h.{i}.attn.bias'] = torch.ones(1, 1, 32, 32, dtype=torch.uint8).tril()
+            weights[f'h.{i}.attn.masked_bias'] = torch.tensor(-1e4)
+        save_file(weights, folder / 'model.safetensors', {'format': 'pt'})
+    return transformers.GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('dtype, prefix, changes', [
+    ('float32', 'transformer.', {}), ('float16', '', {}), ('bfloat16', 'transformer.', dict(n_layer=1, n_head=1)),
+    ('float32', '', dict(n_embd=128, n_head=2, activation_function='gelu_pytorch_tanh', n_inner=512))], ids=str)
+def test_gpt2_is_gpt2(tmp_path, dtype, prefix, changes, device):
+    """Weights that transformers saved: the same logits, and the same greedy continuation from the cache."""
+    theirs = hugging_face(tmp_path, dtype, prefix, **changes)
+    ours, idx = GPT.from_pretrained(str(tmp_path)).to(device).eval(), torch.randint(1, 97, (2, 32))
+    torch.testing.assert_close(ours(idx.to(device))[0].cpu(), theirs(idx).logits, rtol=1e-4, atol=1e-4)
+    expected = theirs.generate(idx[:, :9], max_new_tokens=20, do_sample=False, eos_token_id=None)[:, 9:]
+    assert torch.equal(torch.stack(list(ours.generate(idx[:, :9].to(device), 20, temperature=0)), 1).cpu(), expected)
+    assert ours.lm_head.weight is ours.transformer.wte.weight and ours.config.n_head == theirs.config.n_head
+    file = str(tmp_path / 'model.safetensors')
+    (tmp_path / 'config.json').unlink()
+    if ours.config.n_embd == 128:  # heads of 64: the shapes say all
+        assert torch.equal(GPT.from_pretrained(file).eval()(idx)[0], ours.cpu()(idx)[0])
+    else:
+        with pytest.raises(UserError, match='a width of 48 is not heads of 64'):
+            GPT.from_pretrained(file)
+
+
+def test_what_is_not_gpt2_is_refused(tmp_path):
+    """Rather than computing something else with its weights."""
+    hugging_face(tmp_path)
+    text = (tmp_path / 'config.json').read_text()
+    config = json.loads(text)
+    for wrong in (dict(activation_function='relu'), dict(layer_norm_epsilon=1e-6), dict(n_embd=64), dict(n_layer=2),
+                  dict(scale_attn_by_inverse_layer_idx=True), dict(model_type='gpt_neo'),
+                  dict(tie_word_embeddings=False)):
+        (tmp_path / 'config.json').write_text(json.dumps(config | wrong))
+        with pytest.raises(UserError, match=f'says {next(iter(wrong))}='):
+            GPT.from_pretrained(str(tmp_path))
+    (tmp_path / 'config.json').write_text(text[:50])
+    with pytest.raises(UserError, match='config.json is damaged'):
+        GPT.from_pretrained(str(tmp_path))
+    (tmp_path / 'config.json').write_text(text)
+    with pytest.raises(UserError, match="a tokenizer that is not GPT-2's"):
+        main('sample.py', f'--init_from={tmp_path}')
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='asks Linux for its peak memory')
+def test_a_large_model_is_in_memory_once(tmp_path):
+    """Several files; at no time two copies of the weights (210 MB here), nor of a file beside them."""
+    theirs = hugging_face(tmp_path, n_embd=1024, n_head=16, n_layer=4)
+    theirs.save_pretrained(tmp_path, max_shard_size='70MB')
+    (tmp_path / 'model.safetensors').unlink()
+    assert len(list(tmp_path.glob('model-*'))) > 2
+    code = ('from model import GPT; peak = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]);'
+            f'before = peak(); gpt = GPT.from_pretrained({str(tmp_path)!r}); print(peak() - before, gpt.num_params())')
+    done = subprocess.run([sys.executable, '-c', code], cwd=HERE, capture_output=True, text=True, timeout=120)
+    grown, params = map(int, done.stdout.split())
+    assert 0.8 * 4 * params < grown * 1024 < 1.6 * 4 * params, done.stderr  # some of it is code that is loaded
+
+
+def test_openai_weights_come_from_the_hub_or_its_cache(server, tmp_path, monkeypatch):
+    """Downloaded once to a folder that GPT_CACHE moves; checked by hash where we know it, by form where not; a filled
+    Hugging Face cache is used as it is."""
+    hugging_face(tmp_path / 'hf', n_embd=64, n_head=1)
+    body = (tmp_path / 'hf' / 'model.safetensors').read_bytes()
+    where = 'openai-community/{}/resolve/main/model.safetensors'
+    Server.files |= {where.format('gpt2'): body, where.format('gpt2-large'): body, where.format('gpt2-xl'): b'not this'}
+    monkeypatch.setattr('model.HUB', server)
+    monkeypatch.setenv('HF_HUB_CACHE', str(tmp_path / 'hub'))
+    monkeypatch.setenv('GPT_CACHE', str(tmp_path / 'cache'))
+    for _ in range(2):
+        assert GPT.from_pretrained('gpt2-large').config.n_embd == 64
+    assert Server.asked == {where.format('gpt2-large'): 1}
+    for name, message in (('gpt2', 'its sha256 is .*, not 248dfc39'), ('gpt2-xl', 'not a safetensors file'),
+                          ('gpt2-medium', '404')):
+        with pytest.raises(UserError, match=message):
+            GPT.from_pretrained(name)
+    assert [p.name for p in (tmp_path / 'cache').glob('*/*') if p.suffix != '.part'] == ['model.safetensors']
+    snapshot = tmp_path / 'hub' / 'models--openai-community--gpt2' / 'snapshots' / 'abc'
+    shutil.copytree(tmp_path / 'hf', snapshot)
+    assert GPT.from_pretrained('gpt2').config.n_embd == 64
+
+
+def checkpoint_of(model, tokenizer):
+    return dict(model=model.state_dict(), model_args=vars(model.config), tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize('kind', ['char', 'bpe', 'gpt2'])
+def test_transformers_loads_what_we_export(kind, bpe_spec, gpt2_files, tmp_path):
+    """The same logits without the padding, the same ids for odd texts; back again every bit is the same."""
+    transformers = pytest.importorskip('transformers')
+    spec = dict(char=dict(type='char', chars='abcdefgh'), bpe=bpe_spec, gpt2=dict(type='gpt2'))[kind]
+    tok = get_tokenizer(spec)
+    ours = tiny(vocab_size=math.ceil(tok.n_vocab / 64) * 64, bias=kind == 'gpt2', dropout=0.1)
+    to_huggingface(checkpoint_of(ours, spec), str(tmp_path))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    idx = torch.randint(tok.n_vocab, (2, 16))
+    torch.testing.assert_close(theirs(idx).logits, ours(idx)[0][..., :tok.n_vocab], rtol=1e-4, atol=1e-4)
+    if kind != 'char':
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+        for odd in ODD_TEXTS:
+            ids = tok.encode(odd, special=True).tolist()
+            assert theirs.encode(odd) == ids and theirs.decode(ids) == odd
+    back = load_checkpoint(str(tmp_path))
+    assert back['tokenizer'] == spec and back['model_args']['vocab_size'] == tok.n_vocab
+    for name, w in back['model'].items():
+        before = ours.state_dict().get(name, torch.zeros(len(w)))
+        assert torch.equal(w, before[:tok.n_vocab] if len(before) == ours.config.vocab_size else before), name
+    file = (tmp_path / 'model.safetensors').read_bytes()
+    to_huggingface(back, str(tmp_path))
+    assert (tmp_path / 'model.safetensors').read_bytes() == file
+
+
+def test_export_from_the_command_line(run, tmp_path, capsys):
+    """A run to a folder to text; what GPT-2's format cannot say is refused."""
+    main('model.py', f'--init_from={run}', f'--export_dir={tmp_path}/hf')
+    args = ['--start=A', '--num_samples=1', '--max_new_tokens=60', '--device=cpu', '--seed=3']
+    texts = []
+    for source in (run, tmp_path / 'hf'):
+        capsys.readouterr()
+        main('sample.py', f'--init_from={source}', *args)
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] and len(texts[0]) == 62
+    for flag in ('rope', 'qk_norm', 'relu2'):
+        with pytest.raises(UserError, match=f'no place for {flag}'):
+            to_huggingface(checkpoint_of(tiny(**{flag: True}), {}), str(tmp_path / 'no'))
+    assert not (tmp_path / 'no').exists()
+
+
+@pytest.mark.parametrize('flags', [{}, dict(bias=False, rope=True, qk_norm=True, relu2=True)], ids=str)
+def test_onnx(flags, tmp_path):
+    """An ONNX runtime computes the same logits for any batch size and length."""
+    pytest.importorskip('onnxscript')
+    runtime, ours = pytest.importorskip('onnxruntime'), tiny(**flags)
+    to_onnx(ours, str(tmp_path / 'model.onnx'))
+    session = runtime.InferenceSession(str(tmp_path / 'model.onnx'), providers=['CPUExecutionProvider'])
+    for shape in ((1, 1), (3, 7), (2, 16)):
+        idx = torch.randint(11, shape)
+        logits, = session.run(None, dict(idx=idx.numpy()))
+        torch.testing.assert_close(torch.from_numpy(logits), ours(idx)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_sampling_gpt2_prints_what_transformers_prints(gpt2_files, tmp_path, capsys):
+    transformers = pytest.importorskip('transformers')
+    theirs = hugging_face(tmp_path, vocab_size=50257)
+    main('sample.py', f'--init_from={tmp_path}', '--temperature=0', '--num_samples=1', '--max_new_tokens=20',
+         '--device=cpu', '--start=The meaning of life is')
+    tok = transformers.GPT2Tokenizer(str(gpt2_files / 'encoder.json'), str(gpt2_files / 'vocab.bpe'))
+    ids = tok('The meaning of life is', return_tensors='pt').input_ids
+    expected = theirs.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=None)[0]
+    assert capsys.readouterr().out == tok.decode(expected) + '\n'
+
+
+def mutations(data, seed, count):
+    """Copies of data with a few bytes changed, cut out, put in or repeated."""
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        changed = bytearray(data)
+        for _ in range(rng.integers(1, 4)):
+            at, n = rng.integers(len(changed)), int(rng.integers(1, 9))
+            number = str(rng.integers(-9, 10 ** rng.integers(1, 18))).encode()
+            changed[at:at + n * rng.integers(2)] = [b'', rng.bytes(n), rng.bytes(n), number, changed[at:at + n]][n % 5]
+        yield bytes(changed if rng.integers(8) else changed[:rng.integers(len(changed))])
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_mutated_files_end_in_an_error_or_a_model(tmp_path):
+    """14,000 damaged headers, checkpoints and pickles: nothing but UserError, little memory, in finite time."""
+    resource = pytest.importorskip('resource')
+    small = tiny(n_layer=1, n_embd=2, n_head=1, block_size=2, vocab_size=4)
+    hugging_face(tmp_path / 'hf', n_layer=1, n_embd=64, n_head=1, vocab_size=3, n_positions=2)
+    whole = (tmp_path / 'hf' / 'model.safetensors').read_bytes()
+    head = 8 + int.from_bytes(whole[:8], 'little')
+    saved = checkpoint_of(small, dict(type='gpt2')) | dict(config={}, iter_num=1, best_val_loss=1.0)
+    torch.save(saved, tmp_path / 'a.pt')
+    torch.save(saved, tmp_path / 'old.pt', _use_new_zipfile_serialization=False)
+    pkl = pickle.dumps(dict(vocab_size=3, itos={0: 'a', 1: 'b', 2: 'c'}, stoi=dict(a=0, b=1, c=2)))
+    def pretrained(data):
+        (tmp_path / 'x.safetensors').write_bytes(data + whole[head:])
+        return GPT.from_pretrained(str(tmp_path / 'x.safetensors'))
+    def checkpoint(data):
+        (tmp_path / 'x.pt').write_bytes(data)
+        return GPT.from_checkpoint(load_checkpoint(str(tmp_path / 'x.pt')))
+    def meta(data):
+        (tmp_path / 'meta.pkl').write_bytes(data)
+        return prepare.nanogpt_tokenizer(str(tmp_path))
+    before, refused = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, 0
+    for use, data, count in ((pretrained, whole[:head], 6000), (checkpoint, (tmp_path / 'a.pt').read_bytes(), 4000),
+                             (checkpoint, (tmp_path / 'old.pt').read_bytes(), 2000), (meta, pkl, 2000)):
+        assert use(data)
+        for seed, changed in enumerate(mutations(data, count, count)):
+            try:
+                use(changed)
+            except UserError as error:
+                refused += 1
+                assert '\n' not in str(error), seed
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert refused > 9000 and grown * (1 if sys.platform == 'darwin' else 1024) < 500e6
+
+
+@pytest.mark.parametrize('name', ['ckpt.pt', 'old.pt', 'meta.pkl', 'memo.pkl', 'deep.pkl'])
+def test_files_with_code_or_bombs_in_them_are_refused(name, tmp_path, monkeypatch):
+    """What a pickle asks for is not done: no call, no gigabytes, no endless nesting."""
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / 'executed'),)
+    if name in ('ckpt.pt', 'old.pt'):
+        torch.save(dict(model=Evil(), config={}), tmp_path / name, _use_new_zipfile_serialization=name == 'ckpt.pt')
+        with pytest.raises(UserError, match='is damaged or not a checkpoint'):
+            load_checkpoint(str(tmp_path / name))
+    else:
+        memo = b'\x80\x04Nr\xff\xff\xff\x7f.'  # None, remembered as number 2,147,483,647
+        deep = b'\x80\x04}' + b'(' * 1000 + b't' * 1000 + b'Ns.'
+        content = dict(meta=pickle.dumps(dict(itos=Evil())), memo=memo, deep=deep)
+        (tmp_path / 'meta.pkl').write_bytes(content[name[:4]])
+        with pytest.raises(UserError, match='meta.pkl is damaged or not'):
+            prepare.nanogpt_tokenizer(str(tmp_path))
+    assert not (tmp_path / 'executed').exists()
+
+
+@pytest.fixture
+def nanogpt(tmp_path, run, data):
+    """What nanoGPT would have left of this run: a folder with data and a folder with a checkpoint."""
+    (tmp_path / 'data' / 'plays').mkdir(parents=True)
+    (train, val), meta = stored(data)
+    for name, ids in (('train', train), ('val', val)):
+        np.array(ids, np.uint16).tofile(tmp_path / 'data' / 'plays' / f'{name}.bin')
+    chars = meta['tokenizer']['chars']
+    itos = dict(enumerate(chars))
+    (tmp_path / 'data' / 'plays' / 'meta.pkl').write_bytes(
+        pickle.dumps(dict(vocab_size=len(chars), itos=itos, stoi={c: i for i, c in itos.items()})))
+    saved = torch.load(run / 'ckpt.pt', weights_only=True)
+    weights = {f'_orig_mod.{name}': w for name, w in saved['model'].items()}
+    for name in ('_orig_mod.transformer.wte.weight', '_orig_mod.lm_head.weight'):  # which nanoGPT does not pad
+        weights[name] = weights[name][:len(chars)]
+    for moment in ('exp_avg', 'exp_avg_sq'):
+        saved['optimizer']['state'][0][moment] = saved['optimizer']['state'][0][moment][:len(chars)]
+    weights['_orig_mod.transformer.h.0.attn.bias'] = torch.ones(1, 1, 16, 16).tril()
+    (tmp_path / 'out').mkdir()
+    torch.save(dict(model=weights, optimizer=saved['optimizer'], iter_num=6,
+                    model_args=saved['model_args'] | dict(vocab_size=len(chars)), config=dict(dataset='plays'),
+                    best_val_loss=torch.tensor(saved['best_val_loss'])), tmp_path / 'out' / 'ckpt.pt')
+    return tmp_path
+
+
+def test_nanogpt_runs_go_on(nanogpt, run, data, tmp_path, capsys):
+    """Its data train, its checkpoint samples, and resumes as if it were ours."""
+    def go_on(folder, dataset):
+        main('train.py', *TINY, f'--out_dir={folder}', f'--dataset={dataset}', '--init_from=resume', '--max_iters=8')
+        return torch.load(folder / 'ckpt.pt', weights_only=True)
+    capsys.readouterr()
+    main('sample.py', f'--out_dir={nanogpt}/out', '--start=A', '--num_samples=1', '--max_new_tokens=9', '--device=cpu')
+    assert len(capsys.readouterr().out) == 11
+    shutil.copytree(run, tmp_path / 'ours')
+    theirs, ours = go_on(nanogpt / 'out', nanogpt / 'data' / 'plays'), go_on(tmp_path / 'ours', data)
+    assert theirs['tokenizer'] == ours['tokenizer'] and theirs['iter_num'] == 8
+    for name, w in theirs['model'].items():
+        torch.testing.assert_close(w, ours['model'][name][:len(w)], rtol=1e-3, atol=1e-4, msg=name)
+    main('train.py', *TINY, f'--out_dir={tmp_path}/new', f'--dataset={nanogpt}/data/plays', '--max_iters=1')
+
+
+def test_nanogpt_settings_are_known():
+    """Every name that nanoGPT's config files set, with a value of its type."""
+    configure(dict(vars(train)), (
+        '--init_from=gpt2-xl --out_dir=x --eval_interval=5 --eval_iters=40 --eval_only=True --log_interval=10 '
+        '--always_save_checkpoint=False --wandb_log=False --wandb_project=x --wandb_run_name=y --dataset=x '
+        '--gradient_accumulation_steps=40 --batch_size=12 --block_size=1024 --n_layer=6 --n_head=6 --n_embd=384 '
+        '--dropout=0.2 --bias=False --learning_rate=3e-5 --max_iters=600000 --weight_decay=1e-1 --beta1=0.9 '
+        '--beta2=0.99 --grad_clip=1.0 --decay_lr=False --warmup_iters=100 --lr_decay_iters=600000 --min_lr=1e-4 '
+        '--backend=nccl --device=cuda --dtype=float16 --compile=False').split())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -803,6 +1155,62 @@ def test_model_explains_itself(capsys):
     weights = {p.data_ptr() for p in model.parameters()}
     real = sum(t.untyped_storage().nbytes() for ptr, t in held.items() if ptr not in weights) / 1e6
     assert float(re.search(r'activations ([\d.]+)', text)[1]) == pytest.approx(real, abs=0.06) and real > 0.5
+
+
+def json_line(capsys, *args):
+    capsys.readouterr()
+    main('bench.py', *args, '--device=cpu')
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_hellaswag_is_scored_as_one_by_one(tmp_path, gpt2_files, capsys, text):
+    """Batches that share contexts and keys give what transformers gives for each ending alone, unbatched; so do small
+    windows, where the end of the context counts."""
+    theirs = hugging_face(tmp_path, vocab_size=50257, n_positions=24)
+    tok, words, rng = get_tokenizer(dict(type='gpt2')), text.split(), np.random.default_rng(0)
+    some = lambda most: ' '.join(words[i] for i in rng.integers(len(words), size=rng.integers(1, most)))  # noqa: E731
+    items = [dict(ctx=some(12), endings=[some(5) for _ in range(4)], label=int(rng.integers(4))) for _ in range(50)]
+    (tmp_path / 'x.jsonl').write_text(''.join(json.dumps(item) + '\n' for item in items))
+    longest = max(len(tok.encode(f' {e}')) for item in items for e in item['endings'])
+    right = np.zeros(2)
+    for item in items:
+        losses = []
+        for ending in item['endings']:
+            context, ending = tok.encode(item['ctx'])[longest - 25:].tolist(), tok.encode(f' {ending}').tolist()
+            logp = theirs(torch.tensor([[*context, *ending]])).logits[0].log_softmax(-1)
+            losses.append([-logp[len(context) - 1 + i, token].item() for i, token in enumerate(ending)])
+        sums, means = [sum(x) for x in losses], [sum(x) / len(x) for x in losses]
+        right += [sums.index(min(sums)) == item['label'], means.index(min(means)) == item['label']]
+    for batch_size in (1, 16):
+        got = json_line(capsys, '--task=hellaswag', f'--init_from={tmp_path}', f'--source={tmp_path}/x.jsonl',
+                        f'--batch_size={batch_size}')
+        assert [got['items'], got['acc'], got['acc_norm']] == pytest.approx([50, *right / 50])
+        assert got['acc_stderr'] == pytest.approx(math.sqrt(got['acc'] * (1 - got['acc']) / 49))
+    (tmp_path / 'x.jsonl').write_text('{"ctx": "a"}')
+    with pytest.raises(UserError, match='x.jsonl, line 1: not an item'):
+        json_line(capsys, '--task=hellaswag', f'--init_from={tmp_path}', f'--source={tmp_path}/x.jsonl')
+
+
+@torch.no_grad()
+def test_the_loss_of_a_text_is_that_of_every_token(run, data, capsys, tmp_path):
+    """Each token from the window that reaches it first, one by one: the same loss, perplexity and bits per byte."""
+    gpt, (_, val), meta = GPT.from_checkpoint(load_checkpoint(str(run)), dropout=0.0).eval(), *stored(data)
+    val = val[:203]
+    tok = get_tokenizer(meta['tokenizer'])
+    (tmp_path / 'x.txt').write_bytes(tok.decode_bytes(val))
+    for stride in (1, 5, 16):
+        total = 0
+        for i in range(1, len(val)):
+            begin = max(0, math.ceil((i - 16) / stride)) * stride  # the first window of 16 with i behind or in it
+            begin = min(begin, len(val) - 1 - 16)
+            logits = gpt(torch.tensor([val[begin:i]]))[0][0, -1]
+            total -= logits.log_softmax(-1)[val[i]].item()
+        got = json_line(capsys, '--task=loss', f'--init_from={run}', f'--source={tmp_path}/x.txt', f'--stride={stride}')
+        assert got['tokens'] == 202 and got['loss'] == pytest.approx(total / 202, rel=1e-5)
+        assert got['perplexity'] == pytest.approx(math.exp(total / 202), rel=1e-4)
+        assert got['bits_per_byte'] == pytest.approx(total / 202 / math.log(2), rel=1e-5)  # a byte a character here
+    whole = json_line(capsys, '--task=loss', f'--init_from={run}', f'--source={data}/val.bin')
+    assert whole['tokens'] == meta['val_tokens'] - 1
 
 
 def test_bench_measures(capsys):

@@ -3,7 +3,7 @@ Train a GPT.
 
 $ python train.py config/train_shakespeare.py                                  # from nothing, on the embedded text
 $ python train.py config/train_shakespeare.py --init_from=resume               # go on where it stopped
-$ python train.py --init_from=out/best.pt --out_dir=out-mine --dataset=mine    # finetune a model on another text
+$ python train.py config/finetune_shakespeare.py --init_from=gpt2              # finetune OpenAI's weights
 $ torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py       # on 8 GPUs
 $ torchrun --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --master_port=1234 --nproc_per_node=8 train.py ...  # node 0
 """
@@ -24,12 +24,12 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from configurator import UserError, check, configure, optional, resolve
-from model import GPT, GPTConfig, load_checkpoint
+from model import GPT, PRETRAINED, GPTConfig, find_pretrained, load_checkpoint
 from prepare import DATA, DATASETS, SHAKESPEARE, load_dataset, prepare
 
 # in and out
 out_dir = 'out'                # where ckpt.pt, best.pt and log.jsonl go
-init_from = 'scratch'          # 'scratch', 'resume' (the run in out_dir) or the path of a checkpoint to finetune
+init_from = 'scratch'          # 'scratch', 'resume' (the run in out_dir), or a model to finetune: gpt2-xl, out-mine...
 eval_interval = 2000           # steps from one evaluation, and save, to the next
 eval_iters = 200               # batches in an evaluation, at most
 eval_only = False              # evaluate once and leave
@@ -223,11 +223,13 @@ if __name__ == '__main__':
 
     # data
     embedded = DATASETS.get(dataset, {}).get('source') == SHAKESPEARE
-    if rank == 0 and embedded and not os.path.exists(os.path.join(DATA, dataset, 'meta.json')):
+    if rank == 0 and embedded and not os.path.exists(os.path.join(DATA, dataset, 'train.bin')):
         prepare(dataset)
+    if rank == 0 and init_from in PRETRAINED:
+        find_pretrained(init_from)
     if ddp:
         dist.all_reduce(torch.zeros(1))  # nobody goes on before all are here
-    meta, bins = load_dataset(dataset)
+    meta, bins = load_dataset(dataset, scan=rank == 0)
     for split, path in bins.items():
         if meta[f'{split}_tokens'] <= block_size:
             raise UserError(f"{path} holds {meta[f'{split}_tokens']:,} tokens, too few for a window of block_size="
