@@ -274,10 +274,11 @@ DTYPES = dict(F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, U8=torc
 TURNED = ('c_attn.weight', 'c_fc.weight', 'c_proj.weight')  # Hugging Face keeps these matrices the other way round
 
 
-def load_checkpoint(source, *more):
+def load_checkpoint(source, *more, data=None):
     """A model and what belongs to it, on the CPU: weights (model), model_args, tokenizer, config, iter_num,
     best_val_loss, path, and more that is asked for by name. The source is a file that train.py or nanoGPT saved, the
-    folder of a run (its best.pt, or else ckpt.pt), or what GPT.from_pretrained takes. Loading it cannot run code."""
+    folder of a run (its best.pt, or else ckpt.pt), or what GPT.from_pretrained takes. Loading it cannot run code.
+    data is the folder of a dataset, to be asked first for the characters of a nanoGPT model."""
     if source in PRETRAINED or source.endswith('.safetensors') or os.path.exists(os.path.join(source, 'config.json')):
         return load_pretrained(source)
     path = source
@@ -291,7 +292,7 @@ def load_checkpoint(source, *more):
         try:
             checkpoint = torch.load(f, map_location='cpu', weights_only=True)
             if 'tokenizer' not in checkpoint:
-                checkpoint.update(from_nanogpt(checkpoint, path))
+                checkpoint.update(from_nanogpt(checkpoint, path, data))
         except UserError:
             raise
         except Exception as error:  # torch.load has many ways to say that a file is damaged
@@ -305,18 +306,18 @@ def load_checkpoint(source, *more):
     return checkpoint | dict(path=path)
 
 
-def from_nanogpt(checkpoint, path):
+def from_nanogpt(checkpoint, path, data):
     """What a nanoGPT checkpoint has otherwise: the compiler's prefix in names, masks among the weights, the loss in a
     tensor, and no tokenizer: it is GPT-2's, or its dataset's, which lies where nanoGPT keeps it or in our data."""
     n_vocab, dataset = checkpoint['model_args']['vocab_size'], os.path.basename(checkpoint['config']['dataset'])
     tokenizer = dict(type='gpt2')
     if n_vocab not in (50257, 50304):
-        beside = os.path.join(os.path.dirname(os.path.abspath(path)), '..', 'data', dataset)
-        found = [spec for folder in (beside, os.path.join(DATA, dataset)) if (spec := nanogpt_tokenizer(folder))]
-        tokenizer = next((spec for spec in found if len(spec['chars']) == n_vocab), None)
+        beside, ours = os.path.join(os.path.dirname(path), '..', 'data', dataset), os.path.join(DATA, dataset)
+        found = [nanogpt_tokenizer(folder) for folder in (data, beside, ours) if folder]
+        tokenizer = next((spec for spec in found if spec and len(spec['chars']) == n_vocab), None)
         if not tokenizer:
             raise UserError(f'{path}: nanoGPT trained this with the {n_vocab} characters of its dataset {dataset!r}, '
-                            f'but there is no meta.pkl with as many: copy its folder to {os.path.join(DATA, dataset)}')
+                            f'but there is no meta.pkl with as many: copy its folder to {ours}')
     weights = {name.removeprefix('_orig_mod.'): w for name, w in checkpoint['model'].items()
                if not name.endswith('.attn.bias')}
     return dict(model=weights, best_val_loss=float(checkpoint['best_val_loss']), scaler={}, tokenizer=tokenizer)

@@ -317,7 +317,8 @@ def download(urls, digest=None, check=None):
                 problem = error
                 stop.wait(pause)
         else:
-            raise UserError(f'{url}: given up after {len(PAUSES)} tries ({problem}): run the same command again to go '
+            reason = getattr(problem.args[0], 'reason', problem) if problem.args else problem  # the innermost one
+            raise UserError(f'{url}: given up after {len(PAUSES)} tries ({reason}): run the same command again to go '
                             'on where it stopped')
         try:
             wanted = digest or named

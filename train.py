@@ -222,14 +222,16 @@ if __name__ == '__main__':
     tokens_per_step = gradient_accumulation_steps * batch_size * block_size
 
     # data
+    if rank > 0:
+        dist.all_reduce(torch.zeros(1))  # waits until the first process has made and found everything
     embedded = DATASETS.get(dataset, {}).get('source') == SHAKESPEARE
     if rank == 0 and embedded and not os.path.exists(os.path.join(DATA, dataset, 'train.bin')):
         prepare(dataset)
+    meta, bins = load_dataset(dataset, scan=rank == 0)
     if rank == 0 and init_from in PRETRAINED:
         find_pretrained(init_from)
-    if ddp:
-        dist.all_reduce(torch.zeros(1))  # nobody goes on before all are here
-    meta, bins = load_dataset(dataset, scan=rank == 0)
+    if ddp and rank == 0:
+        dist.all_reduce(torch.zeros(1))
     for split, path in bins.items():
         if meta[f'{split}_tokens'] <= block_size:
             raise UserError(f"{path} holds {meta[f'{split}_tokens']:,} tokens, too few for a window of block_size="
@@ -268,7 +270,8 @@ if __name__ == '__main__':
         raw_model = GPT(GPTConfig(**shape, vocab_size=padded, dropout=dropout))
     else:
         path = os.path.join(out_dir, 'ckpt.pt') if init_from == 'resume' else init_from
-        checkpoint = load_checkpoint(path, *(('optimizer', 'scaler') if init_from == 'resume' else ()))
+        checkpoint = load_checkpoint(path, *(('optimizer', 'scaler') if init_from == 'resume' else ()),
+                                     data=os.path.join(DATA, dataset))
         there = checkpoint['model_args']
         if checkpoint['tokenizer'] != meta['tokenizer']:
             raise UserError(f"{path} has another tokenizer ({checkpoint['tokenizer']['type']}, {there['vocab_size']} "
