@@ -656,6 +656,17 @@ def test_what_is_not_gpt2_is_refused(tmp_path):
     (tmp_path / 'config.json').write_text(text)
     with pytest.raises(UserError, match="a tokenizer that is not GPT-2's"):
         main('sample.py', f'--init_from={tmp_path}')
+    from safetensors.torch import load_file, save_file
+    weights = load_file(tmp_path / 'model.safetensors')
+    for name, tensor, message in (
+            ('lm_head.weight', torch.ones(97, 48), 'lm_head.weight is not wte.weight'),
+            ('transformer.h.0.ln_1.weight', torch.ones(48, dtype=torch.uint8), 'weights are F32, F16 or BF16'),
+            ('transformer.h.0.extra', torch.ones(1), 'Unexpected key'), ('transformer.wpe.weight', None, 'not a GPT-2'),
+            ('transformer.h.0.mlp.c_fc.bias', None, 'Missing key')):
+        changed = {k: v for k, v in (weights | {name: tensor}).items() if v is not None}
+        save_file(changed, tmp_path / 'model.safetensors', {'format': 'pt'})
+        with pytest.raises(UserError, match=message):
+            GPT.from_pretrained(str(tmp_path))
 
 
 @pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='asks Linux for its peak memory')
@@ -757,12 +768,17 @@ def test_onnx(flags, tmp_path):
 def test_sampling_gpt2_prints_what_transformers_prints(gpt2_files, tmp_path, capsys):
     transformers = pytest.importorskip('transformers')
     theirs = hugging_face(tmp_path, vocab_size=50257)
-    main('sample.py', f'--init_from={tmp_path}', '--temperature=0', '--num_samples=1', '--max_new_tokens=20',
-         '--device=cpu', '--start=The meaning of life is')
     tok = transformers.GPT2Tokenizer(str(gpt2_files / 'encoder.json'), str(gpt2_files / 'vocab.bpe'))
+    tok.save_pretrained(tmp_path)
+    command = ['sample.py', f'--init_from={tmp_path}', '--temperature=0', '--num_samples=1', '--max_new_tokens=20',
+               '--device=cpu', '--start=The meaning of life is']
+    main(*command)
     ids = tok('The meaning of life is', return_tensors='pt').input_ids
     expected = theirs.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=None)[0]
     assert capsys.readouterr().out == tok.decode(expected) + '\n'
+    (tmp_path / 'vocab.json').write_text('{"o": 0, "\u0120mundo": 50255}')  # as many tokens, but of another language
+    with pytest.raises(UserError, match="a tokenizer that is not GPT-2's"):
+        main(*command)
 
 
 def mutations(data, seed, count):
@@ -832,6 +848,15 @@ def test_files_with_code_or_bombs_in_them_are_refused(name, tmp_path, monkeypatc
     assert not (tmp_path / 'executed').exists()
 
 
+def test_weights_are_what_the_model_needs():
+    """Half precision becomes float32; a model_args that the weights do not bear out is refused before it is built."""
+    saved = checkpoint_of(tiny().bfloat16(), dict(type='gpt2'))
+    assert {p.dtype for p in GPT.from_checkpoint(saved).parameters()} == {torch.float32}
+    for wrong in (dict(n_layer=3), dict(n_layer=10 ** 12), dict(n_embd=64), dict(vocab_size=10 ** 9), dict(n_head='x')):
+        with pytest.raises(UserError, match='do not fit its model_args'):
+            GPT.from_checkpoint(saved, **wrong)
+
+
 @pytest.fixture
 def nanogpt(tmp_path, run, data):
     """What nanoGPT would have left of this run: a folder with data and a folder with a checkpoint."""
@@ -862,11 +887,19 @@ def test_nanogpt_runs_go_on(nanogpt, run, data, tmp_path, capsys):
     def go_on(folder, dataset):
         main('train.py', *TINY, f'--out_dir={folder}', f'--dataset={dataset}', '--init_from=resume', '--max_iters=8')
         return torch.load(folder / 'ckpt.pt', weights_only=True)
-    capsys.readouterr()
-    main('sample.py', f'--out_dir={nanogpt}/out', '--start=A', '--num_samples=1', '--max_new_tokens=9', '--device=cpu')
-    assert len(capsys.readouterr().out) == 11
+    def sample(out):
+        capsys.readouterr()
+        main('sample.py', f'--out_dir={out}', '--start=A', '--num_samples=1', '--max_new_tokens=9', '--device=cpu')
+        return capsys.readouterr().out
+    assert len(sample(nanogpt / 'out')) == 11
+    away = nanogpt / 'far' / 'away'  # from its data: only a dataset that is named has its characters
+    shutil.copytree(nanogpt / 'out', away / 'out')
+    (away / 'data' / 'plays').mkdir(parents=True)
+    (away / 'data' / 'plays' / 'meta.pkl').write_bytes(pickle.dumps(dict(itos=dict(enumerate('abc')))))
+    with pytest.raises(UserError, match="characters of its dataset 'plays', but there is no meta.pkl with as many"):
+        sample(away / 'out')
     shutil.copytree(run, tmp_path / 'ours')
-    theirs, ours = go_on(nanogpt / 'out', nanogpt / 'data' / 'plays'), go_on(tmp_path / 'ours', data)
+    theirs, ours = go_on(away / 'out', nanogpt / 'data' / 'plays'), go_on(tmp_path / 'ours', data)
     assert theirs['tokenizer'] == ours['tokenizer'] and theirs['iter_num'] == 8
     for name, w in theirs['model'].items():
         torch.testing.assert_close(w, ours['model'][name][:len(w)], rtol=1e-3, atol=1e-4, msg=name)
