@@ -389,7 +389,7 @@ def find_pretrained(name):
     if not there:
         print(f'{name}: downloading to {path} (another folder: GPT_CACHE=FOLDER)', file=sys.stderr)
         download({path: f'{HUB}/openai-community/{name}/resolve/main/model.safetensors'}, PRETRAINED[name],
-                 check=lambda path: next(read_safetensors(path)))
+                 check=lambda path: next(read_safetensors(path), None))
         there = [path]
     return there[0]
 

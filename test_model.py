@@ -685,8 +685,11 @@ def test_a_large_model_is_in_memory_once(tmp_path):
     theirs.save_pretrained(tmp_path, max_shard_size='150MB')
     (tmp_path / 'model.safetensors').unlink()
     assert len(list(tmp_path.glob('model-*'))) == 2
-    code = ('from model import GPT; peak = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]);'
-            f'before = peak(); gpt = GPT.from_pretrained({str(tmp_path)!r}); print(peak() - before, gpt.num_params())')
+    code = f"""
+from model import GPT
+peak = lambda: int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])
+before, gpt = peak(), GPT.from_pretrained({str(tmp_path)!r})
+print(peak() - before, gpt.num_params())"""
     done = subprocess.run([sys.executable, '-c', code], cwd=HERE, capture_output=True, text=True, timeout=120)
     grown, params = map(int, done.stdout.split())
     assert 0.8 * 4 * params < grown * 1024 < 1.6 * 4 * params, done.stderr  # some of it is code that is loaded
