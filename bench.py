@@ -202,7 +202,7 @@ def read_text(source, tok, tokenizer):
         parts, separator = [], [] if tok.eot is None else [tok.eot]
         for text, ends in read(locate(source, DATA, {}, 0), 'tokens'):
             parts += [tok.encode(text), separator * ends]
-        ids = np.concatenate(parts[:-1]).astype(np.uint16)
+        ids = np.concatenate([[], *parts[:-1]]).astype(np.uint16)
     if len(ids) < 2:
         raise UserError(f'{source} has {len(ids)} tokens: there is nothing to predict')
     return ids, len(tok.decode_bytes(ids[1:][ids[1:] != tok.eot]))

@@ -5,6 +5,7 @@ the model that stacks blocks between an embedding and a head. Run it to see a mo
 
 $ python model.py                                       # GPT-2 124M
 $ python model.py --n_layer=24 --n_head=16 --n_embd=1024 --batch_size=4
+$ python model.py --init_from=out-mine --export_dir=mine-hf      # write it for Hugging Face's transformers
 """
 import glob
 import json
@@ -307,7 +308,7 @@ def load_checkpoint(source, *more, data=None):
 
 
 def from_nanogpt(checkpoint, path, data):
-    """What a nanoGPT checkpoint has otherwise: the compiler's prefix in names, masks among the weights, the loss in a
+    """What is different in a nanoGPT checkpoint: the compiler's prefix in names, masks among the weights, the loss in a
     tensor, and no tokenizer: it is GPT-2's, or its dataset's, which lies where nanoGPT keeps it or in our data."""
     n_vocab, dataset = checkpoint['model_args']['vocab_size'], os.path.basename(checkpoint['config']['dataset'])
     tokenizer = dict(type='gpt2')
@@ -363,15 +364,14 @@ def load_pretrained(source):
         raise UserError(f'{source}: a width of {n_embd} is not heads of 64 as in GPT-2: their number belongs in a '
                         'config.json beside it, as n_head')
 
-    tokenizer = read_json(os.path.join(folder, 'meta.json')).get('tokenizer', dict(type='gpt2'))  # what we exported
-    for name in ('vocab.json', 'tokenizer.json'):
-        path = os.path.join(folder, name)
-        if tokenizer == dict(type='gpt2') and os.path.exists(path):
-            with open(path, 'rb') as f:
-                if not re.search(rb'gazed": ?50255\b', f.read()):  # the last of GPT-2's own
-                    tokenizer = dict(type='unknown')
-    if tokenizer == dict(type='gpt2') and not 50257 <= vocab_size <= 50304:
-        tokenizer = dict(type='unknown')
+    tokenizer = read_json(os.path.join(folder, 'meta.json')).get('tokenizer')  # what we exported
+    if not tokenizer:
+        is_gpt2 = 50257 <= vocab_size <= 50304
+        for path in (os.path.join(folder, 'vocab.json'), os.path.join(folder, 'tokenizer.json')):
+            if os.path.exists(path):
+                with open(path, 'rb') as f:
+                    is_gpt2 = is_gpt2 and re.search(rb'gazed": ?50255\b', f.read())  # the last of GPT-2's own
+        tokenizer = dict(type='gpt2' if is_gpt2 else 'unknown')
     model_args = dict(n_layer=n_layer, n_head=config.get('n_head', n_embd // 64), n_embd=n_embd, block_size=block_size,
                       vocab_size=vocab_size, bias='transformer.ln_f.bias' in weights, dropout=0.0)
     return dict(model=weights, model_args=model_args, tokenizer=tokenizer, config={}, iter_num=0,
@@ -379,19 +379,18 @@ def load_pretrained(source):
 
 
 def find_pretrained(name):
-    """The file with these weights of OpenAI's: in Hugging Face's cache, in ours, or downloaded to ours."""
+    """The file with these weights of OpenAI's: in our cache, in Hugging Face's, or downloaded to ours."""
     env = os.environ.get
-    hub = env('HF_HUB_CACHE') or os.path.join(
-        env('HF_HOME') or os.path.join(env('XDG_CACHE_HOME') or '~/.cache', 'huggingface'), 'hub')
     path = os.path.join(os.path.expanduser(env('GPT_CACHE') or '~/.cache/gpt'), name, 'model.safetensors')
-    there = [path] if os.path.exists(path) else glob.glob(
-        os.path.expanduser(f'{hub}/models--openai-community--{name}/snapshots/*/model.safetensors'))
-    if not there:
-        print(f'{name}: downloading to {path} (another folder: GPT_CACHE=FOLDER)', file=sys.stderr)
-        download({path: f'{HUB}/openai-community/{name}/resolve/main/model.safetensors'}, PRETRAINED[name],
-                 check=lambda path: next(read_safetensors(path), None))
-        there = [path]
-    return there[0]
+    home = env('HF_HOME') or os.path.join(env('XDG_CACHE_HOME') or '~/.cache', 'huggingface')
+    hub = os.path.expanduser(env('HF_HUB_CACHE') or os.path.join(home, 'hub'))
+    for file in (path, *glob.glob(f'{hub}/models--openai-community--{name}/snapshots/*/model.safetensors')):
+        if os.path.exists(file):
+            return file
+    print(f'{name}: downloading to {path} (another folder: GPT_CACHE=FOLDER)', file=sys.stderr)
+    download({path: f'{HUB}/openai-community/{name}/resolve/main/model.safetensors'}, PRETRAINED[name],
+             check=lambda path: next(read_safetensors(path), None))
+    return path
 
 
 def read_safetensors(path):
@@ -430,8 +429,8 @@ def to_huggingface(checkpoint, folder):
     """Write a folder that transformers loads: the weights, what it wants to know of them, and the tokenizer."""
     config = GPTConfig(**checkpoint['model_args'])
     if flags := [flag for flag in ('rope', 'qk_norm', 'relu2') if getattr(config, flag)]:
-        raise UserError(f"GPT-2's format has no place for {', '.join(flags)}: only a model without can be exported so; "
-                        '--export_onnx=FILE can hold it')
+        raise UserError(f"GPT-2's format has no place for {', '.join(flags)}: only models without can be exported this "
+                        'way; --export_onnx=FILE can hold it')
     weights, tok = GPT.from_checkpoint(checkpoint).state_dict(), get_tokenizer(checkpoint['tokenizer'])
     weights.pop('lm_head.weight')  # tied
     weights['transformer.wte.weight'] = weights['transformer.wte.weight'][:tok.n_vocab]  # without the padding

@@ -4,7 +4,7 @@ Text in, tokens out: data/NAME/train.bin and val.bin (raw uint8 or uint16 token 
 $ python prepare.py --dataset=shakespeare_char           # the embedded text, by characters
 $ python prepare.py --dataset=shakespeare                # the same, in GPT-2's tokens
 $ python prepare.py --dataset=mine --source=my_texts/ --tokenizer=bpe --vocab_size=4096
-$ python prepare.py --dataset=fineweb --shards=10        # the first billion tokens of FineWeb's ten
+$ python prepare.py --dataset=fineweb --shards=10        # FineWeb, a billion tokens of its ten
 
 A source is a text file, .jsonl with a "text" field, either of them gzipped, .parquet with a text column, a folder of
 such files, or the http(s) address of one. Text is streamed: it may be larger than memory. Tokenizers: char, gpt2, bpe
@@ -49,7 +49,7 @@ SHAKESPEARE = os.path.join(DATA, 'shakespeare', 'input.txt')
 HUB = os.environ.get('HF_ENDPOINT') or 'https://huggingface.co'
 OWT, FINEWEB, EDU = (f'{HUB}/datasets/{name}/resolve/main/' for name in (
     'Skylion007/openwebtext', 'kjj0/fineweb10B-gpt2', 'kjj0/finewebedu10B-gpt2'))
-DATASETS = {  # many files: source % number, on disk so many GB for each, its part of train.bin included
+DATASETS = {  # shards: the numbers for the % in source; disk: GB for each, its part of train.bin included
     'shakespeare_char': dict(source=SHAKESPEARE, tokenizer='char'),
     'shakespeare':      dict(source=SHAKESPEARE),
     'openwebtext':      dict(source=OWT + 'plain_text/train-%05d-of-00080.parquet', shards=range(80), disk=0.53,
@@ -302,8 +302,8 @@ PAUSES = 0.5, 1, 2, 4, 0  # seconds, after each try
 
 def download(urls, digest=None, check=None):
     """Fetch {path: url}, several side by side. A path appears when its file is whole: of the length and the sha256 that
-    the server names (or of this digest), and nothing that check(file) refuses. A break is retried, and what came before
-    it is kept in path.part and gone on from, in a later run too."""
+    the server names (or of this digest), and nothing that check(file) refuses. What breaks off is
+    retried and resumes from path.part, in a later run too."""
     tallies, stop = {path: [0, 0] for path in urls}, threading.Event()  # bytes that have come, and that are to come
 
     def whole(path, url):

@@ -1284,6 +1284,9 @@ def test_the_loss_of_a_text_is_that_of_every_token(run, data, capsys, tmp_path):
         assert got['tokens'] == 202 and got['loss'] == pytest.approx(total / 202, rel=1e-5)
         assert got['perplexity'] == pytest.approx(math.exp(total / 202), rel=1e-4)
         assert got['bits_per_byte'] == pytest.approx(total / 202 / math.log(2), rel=1e-5)  # a byte a character here
+    (tmp_path / 'x.jsonl').write_text('')
+    with pytest.raises(UserError, match='there is nothing to predict'):
+        json_line(capsys, '--task=loss', f'--init_from={run}', f'--source={tmp_path}/x.jsonl')
     whole = json_line(capsys, '--task=loss', f'--init_from={run}', f'--source={data}/val.bin')
     assert whole['tokens'] == meta['val_tokens'] - 1
 

@@ -4,7 +4,7 @@
 # after 4 days on 8 A100 40GB. Not run to the end with this code yet.
 
 out_dir = 'out-gpt2'
-dataset = 'openwebtext'  # python prepare.py --dataset=openwebtext --source=FOLDER_WITH_THE_TEXT
+dataset = 'openwebtext'  # python prepare.py --dataset=openwebtext, or --dataset=fineweb
 wandb_run_name = 'gpt2-124M'
 
 # 12 windows x 1,024 tokens x 40 micro-batches = 491,520 tokens a step, close to GPT-2's half a million. 1, 2, 4, 5, 8,
