@@ -1,36 +1,53 @@
 """
-Measure a model or this machine.
+Measure a model, or this machine with it.
 
 $ python bench.py --task=train                                    # a training step of GPT-2 124M
 $ python bench.py --task=train --n_layer=6 --n_head=6 --n_embd=384 --block_size=256 --batch_size=64
+$ python bench.py --task=generate --init_from=gpt2                # time to the first token, and rate of the others
+$ python bench.py --task=prepare                                  # tokenizers
+$ python bench.py --task=generate --vs=../nanoGPT                 # and the same with another code, in turn
 $ python bench.py --task=hellaswag --init_from=gpt2               # how often it picks the sensible ending of four
 $ python bench.py --task=loss --init_from=gpt2 --source=book.txt --stride=512   # perplexity and bits per byte
 
-Under torchrun, hellaswag and loss are shared among the GPUs.
+The last line is the result as JSON. Under torchrun, train measures DDP; hellaswag and loss are shared among the GPUs.
 """
+import contextlib
+import dataclasses
+import importlib.util
+import io
 import itertools
 import json
 import math
 import os
+import runpy
+import shutil
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel as DDP
 
-from configurator import UserError, check, configure, resolve
+from configurator import UserError, check, configure, keep_memory, optional, resolve
 from model import GPT, GPTConfig, load_checkpoint
-from prepare import DATA, Progress, download, get_tokenizer, load_dataset, locate, read
-from train import autocast_for, compile_problem, peak_flops, train_step
+from prepare import DATA, SHAKESPEARE, Progress, download, get_tokenizer, load_dataset, locate, prepare, read
+from train import autocast_for, compile_problem, compiled, peak_flops, train_step
 
-task = 'train'     # what to measure: train, the time of a training step on random tokens; hellaswag; loss
+task = 'train'     # train: a training step; generate; prepare: tokenizing; hellaswag and loss: how good a model is
+vs = ''            # measure a checkout of nanoGPT in this folder too, or for generate 'transformers', and the ratio
 init_from = ''     # the model: out-mine, x/ckpt.pt, gpt2, gpt2-xl, ...; '': a random one, of this shape
 source = ''        # hellaswag: its file, if not to be downloaded; loss: a text, or the val.bin of a dataset
 stride = 0         # loss: a window begins so many tokens after the last; 0: half of its length
-batch_size = 8     # windows, or HellaSwag's items, in a step
+prompt = 32        # generate: tokens to begin with
+new_tokens = 128   # generate: tokens to write
+megabytes = 32     # prepare: of text
+tokenizer = ''     # prepare: 'char', 'gpt2' or 'bpe'; '': all of them
+batch_size = 0     # windows in a step, texts written side by side, or HellaSwag's items; 0: 8, for generate 1
 block_size = 1024  # tokens in a window
 n_layer = 12
 n_head = 12
@@ -41,15 +58,20 @@ bias = False
 rope = False
 qk_norm = False
 relu2 = False
-warmup = 3         # steps before the clock starts
-steps = 5          # steps in a measurement
+optimizer = 'adamw'  # train: or 'muon'
+warmup = 3         # train: steps before the clock starts
+steps = 5          # train: steps in a measurement
 repeats = 5        # measurements: their median counts
+profile = False    # train, generate: where the time goes, as a table, and as a trace in trace.json
 seed = 1337
 device = 'auto'    # 'cpu', 'cuda', 'cuda:1', 'mps'; auto: the best there is
-dtype = 'auto'     # of the arithmetic: 'float32', 'bfloat16', 'float16'; auto: float32, to train what the device likes
-compile = 'auto'   # torch.compile: True, False; auto: on CUDA
+dtype = 'auto'     # 'float32', 'bfloat16', 'float16'; auto: what the device is good at, hellaswag and loss: float32
+compile = 'auto'   # torch.compile: True, False; auto: on CUDA, and on a CPU to generate
+quantize = ''      # generate, loss, hellaswag: 'int8' weights
+rival = ''         # what --vs gives to its own processes
 
 HELLASWAG = 'https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl'
+COMPARED = ('tokens_per_second', 'memory', 'char', 'gpt2')  # with --vs
 PUBLISHED = 'gpt2 0.2945, gpt2-medium 0.3752, gpt2-large 0.4320, gpt2-xl 0.4889'  # acc_norm, measured in this way
 
 
@@ -59,52 +81,183 @@ def peak_memory(device_type):
         return torch.cuda.max_memory_allocated()
     if device_type == 'mps':
         return torch.mps.driver_allocated_memory()
+    if os.path.exists('/proc/self/status'):  # what getrusage says includes the process that started this one
+        with open('/proc/self/status') as f:
+            return next(int(line.split()[1]) for line in f if line.startswith('VmHWM')) * 1024
     import resource  # not on Windows
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
 
-def measure(step, warmup, steps, repeats, device_type):
-    """Seconds that one step takes, of each of the repeated measurements."""
+def seconds_of(work, repeats, device_type):
+    """How long work took, each time."""
     synchronize, seconds = getattr(torch, device_type).synchronize, []
-    for _ in range(warmup):
-        step()
     for _ in range(repeats):
         synchronize()
         begin = time.perf_counter()
-        for _ in range(steps):
-            step()
+        work()
         synchronize()
-        seconds.append((time.perf_counter() - begin) / steps)
+        seconds.append(time.perf_counter() - begin)
     return seconds
 
 
-def training(model, batch_size, block_size, warmup, steps, repeats, device, dtype, compile):
+def matmul_rate(device, dtype):
+    """Floating point operations a second in products of large matrices: the most that this machine does."""
+    n = 2048 if device == 'cpu' else 8192
+    a = torch.randn(n, n, device=device, dtype=getattr(torch, dtype))
+    return 2 * n ** 3 / min(seconds_of(lambda: a @ a, 8, device.partition(':')[0]))
+
+
+def read_rate(device):
+    """Bytes a second that it reads from memory: of a sum and of dot products, the faster."""
+    x = torch.ones(2 ** 27, device=device)
+    ways = (x.sum, lambda: torch.bmm(x.view(8, 1, -1)[:, :, :4096], x.view(8, -1, 4096).transpose(1, 2)))
+    return x.nbytes / min(s for way in ways for s in seconds_of(way, 8, device.partition(':')[0]))
+
+
+def show_profile(work):
+    """Where the time goes, by operation."""
+    with torch.profiler.profile() as profiler:
+        work()
+    order = 'self_cpu_time_total' if not torch.cuda.is_available() else 'self_device_time_total'
+    print(profiler.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=60))
+    profiler.export_chrome_trace('trace.json')
+    print('trace.json shows it over time, in chrome://tracing or ui.perfetto.dev')
+
+
+def name_of(device):
+    if device.startswith('cuda'):
+        return torch.cuda.get_device_name(device)
+    return f'{device}, {torch.get_num_threads()} threads'
+
+
+def their_model(folder, config, dtype):
+    """nanoGPT's model of the same shape."""
+    spec = importlib.util.spec_from_file_location('nanogpt_model', os.path.join(folder, 'model.py'))
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        names = {field.name for field in dataclasses.fields(module.GPTConfig)}
+    except (OSError, AttributeError) as error:
+        raise UserError(f'vs={folder}: there is no nanoGPT in it ({error})') from None
+    with contextlib.redirect_stdout(io.StringIO()):
+        return module.GPT(module.GPTConfig(**{k: v for k, v in vars(config).items() if k in names}))
+
+
+def training(model, rival, batch_size, block_size, optimizer, warmup, steps, repeats, device, dtype, compile, world):
     """What a training step on random tokens takes."""
-    device_type, autocast = device.partition(':')[0], autocast_for(device, dtype)
-    batch = torch.randint(model.config.vocab_size, (2, batch_size, block_size), device=device)
-    optimizer = model.configure_optimizer(0.1, 6e-4, (0.9, 0.95))
+    device_type = device.partition(':')[0]
+    flops, vocab_size = model.flops_per_token(), model.config.vocab_size
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
-    fast = torch.compile(model) if compile else model
+    if rival:
+        model = their_model(rival, model.config, dtype).to(device)
+        dtype = dtype if device_type == 'cuda' else 'float32'  # all that its train.py does elsewhere
+        with contextlib.redirect_stdout(io.StringIO()):
+            optimizers = dict(adamw=model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device_type))
+        fast = torch.compile(model) if compile else model
+    else:
+        optimizers = model.configure_optimizers(optimizer, 0.1, 6e-4, (0.9, 0.95))
+        fast = compiled(model) if compile else model
+    if world > 1:
+        fast = DDP(fast, [device] if device_type == 'cuda' else None, gradient_as_bucket_view=True)
+    batch, autocast = torch.randint(vocab_size, (2, batch_size, block_size), device=device), autocast_for(device, dtype)
     if compile and (problem := compile_problem(fast, batch, autocast)):
         raise UserError(f'{problem}: measure with --compile=False')
-    seconds = measure(lambda: train_step(fast, optimizer, scaler, [batch], 1.0, autocast), warmup, steps, repeats,
-                      device_type)
 
-    median, tokens = statistics.median(seconds), batch_size * block_size
-    rate, peak = model.flops_per_token() * tokens / median, peak_flops(device, dtype)
-    name = f'{device}, {torch.get_num_threads()} threads'
-    if device_type == 'cuda':
-        name = torch.cuda.get_device_name(device)
-    print(f'{model.num_params():,} parameters, {batch_size} x {block_size} tokens, {dtype}, '
-          f'compile={compile}, torch {torch.__version__}, {name}')
-    print(f'step    {median * 1000:,.2f} ms: median of {repeats} x {steps} steps after {warmup} '
-          f'({min(seconds) * 1000:,.2f} to {max(seconds) * 1000:,.2f})')
-    print(f'tokens  {tokens / median:,.0f}/s')
-    mfu = f', {rate / peak:.1%} of the {peak / 1e12:,.0f} T/s that this device can do' if peak else ''
-    print(f'FLOPs   {rate / 1e9:,.0f} G/s{mfu}')
-    print(f'memory  {peak_memory(device_type) / 2**30:.2f} GiB at most')
-    return dict(step_ms=median * 1000, tokens_per_second=tokens / median, flops=rate, memory=peak_memory(device_type),
-                device=name)
+    def work(count=steps):
+        for _ in range(count):
+            train_step(fast, optimizers, scaler, [batch], 1.0, autocast)
+    work(warmup)
+    seconds = [s / steps for s in seconds_of(work, repeats, device_type)]
+    memory, median, tokens = peak_memory(device_type), statistics.median(seconds), batch_size * block_size * world
+    rate, ceiling = flops * tokens / median, (peak_flops(device, dtype) or matmul_rate(device, dtype)) * world
+    return work, [
+        f'{batch_size} x {block_size} tokens, {world} processes, {dtype}, compile={compile}',
+        f'step    {median * 1000:,.2f} ms: median of {repeats} x {steps} steps after {warmup} '
+        f'({min(seconds) * 1000:,.2f} to {max(seconds) * 1000:,.2f})',
+        f'tokens  {tokens / median:,.0f}/s',
+        f'FLOPs   {rate / 1e9:,.0f} G/s, {rate / ceiling:.1%} of '
+        f'{"its data sheet" if peak_flops(device, dtype) else "what large products reach here"}',
+        f'memory  {memory / 2**30:.2f} GiB at most'], dict(
+        seconds=median, step_ms=median * 1000, tokens_per_second=tokens / median, flops=rate, of_peak=rate / ceiling,
+        memory=memory, processes=world)
+
+
+def generating(model, rival, batch_size, prompt, new_tokens, repeats, device, dtype, compile):
+    """What it takes to write: the first token with the reading of the prompt, and the rate of those after it."""
+    device_type, config = device.partition(':')[0], model.config
+    idx = torch.randint(min(config.vocab_size, 50257), (batch_size, prompt), device=device)
+    if rival == 'transformers':
+        hf = optional('transformers', 'vs=transformers')
+        model = hf.GPT2LMHeadModel(hf.GPT2Config(
+            vocab_size=config.vocab_size, n_positions=config.block_size, n_embd=config.n_embd, n_layer=config.n_layer,
+            n_head=config.n_head, bos_token_id=0, eos_token_id=0))
+    elif rival:
+        model = their_model(rival, config, dtype)
+    if rival:
+        model.to(device, getattr(torch, dtype)).eval()
+    weights = sum(p.nbytes for name, p in model.named_parameters() if '.wpe' not in name)
+    if not rival and model.lm_head.weight is not model.transformer.wte.weight:
+        weights -= model.transformer.wte.weight.nbytes  # of which only a row is read
+    first, rest = [], []
+
+    def work():
+        begin = time.perf_counter()
+        if rival == 'transformers':
+            model.generate(idx, attention_mask=torch.ones_like(idx), min_new_tokens=new_tokens, do_sample=True,
+                           max_new_tokens=new_tokens, top_k=200, temperature=0.8, pad_token_id=0)
+        elif rival:
+            model.generate(idx, new_tokens, temperature=0.8, top_k=200)
+        else:
+            tokens = model.generate(idx, new_tokens, temperature=0.8, top_k=200, compile=compile)
+            next(tokens).tolist()
+            first.append(time.perf_counter() - begin)
+            for token in tokens:
+                token.tolist()
+            rest.append(time.perf_counter() - begin - first[-1])
+    work()
+    first.clear(), rest.clear()
+    seconds = seconds_of(work, repeats, device_type)
+    median, total, bandwidth = statistics.median(seconds), new_tokens * batch_size, read_rate(device)
+    lines = [f'{batch_size} x {new_tokens} tokens after {prompt}, {dtype}, compile={compile}',
+             f'in all         {total / median:,.1f} tokens/s: median of {repeats} '
+             f'({total / max(seconds):,.1f} to {total / min(seconds):,.1f})']
+    result = dict(seconds=median, tokens_per_second=total / median, weights=weights, read_rate=bandwidth)
+    if not rival and new_tokens > 1:
+        ttft, step = statistics.median(first), statistics.median(rest) / (new_tokens - 1)
+        lines += [f'first token    {ttft * 1000:,.1f} ms',
+                  f'the others     {batch_size / step:,.1f} tokens/s, {step * 1000:,.2f} ms a step',
+                  f'memory         {weights / step / 1e9:,.1f} GB/s of weights, {weights / step / bandwidth:.1%} of '
+                  f'what this machine reads ({bandwidth / 1e9:,.1f} GB/s)']
+        result |= dict(first_token_ms=ttft * 1000, decode_per_second=batch_size / step,
+                       of_bandwidth=weights / step / bandwidth)
+    return work, lines, result
+
+
+def preparing(rival, megabytes, tokenizer, repeats):
+    """How fast text becomes tokens, from file to files: the embedded text, again and again."""
+    lines, result = [], {}
+    with open(SHAKESPEARE, encoding='utf-8') as f, tempfile.TemporaryDirectory() as folder:
+        text = f.read()
+        text = (text * math.ceil(megabytes * 1e6 / len(text)))[:int(megabytes * 1e6)]
+        path = os.path.join(folder, 'input.txt')
+        with open(path, 'w', encoding='utf-8') as out:
+            out.write(text)
+
+        def tokenize(name):
+            with contextlib.redirect_stdout(io.StringIO()):
+                if rival:  # a script that reads the input.txt beside it
+                    script = os.path.join('data', 'shakespeare_char' if name == 'char' else 'shakespeare', 'prepare.py')
+                    runpy.run_path(shutil.copy(os.path.join(rival, script), folder))
+                else:
+                    prepare(os.path.join(folder, 'ours'), path, name)
+
+        for name in [tokenizer] if tokenizer else ['char', 'gpt2'] if rival else ['char', 'gpt2', 'bpe']:
+            seconds = seconds_of(lambda name=name: tokenize(name), repeats, 'cpu')
+            median = statistics.median(seconds)
+            lines.append(f'{name:5} {megabytes / median:,.1f} MB/s: median of {repeats} '
+                         f'({megabytes / max(seconds):,.1f} to {megabytes / min(seconds):,.1f})')
+            result[name] = megabytes / median
+    return lines, result
 
 
 def read_hellaswag(path, tok, block_size):
@@ -215,30 +368,61 @@ def sum_up(counts, world):
     return counts.tolist()
 
 
+def alternate(repeats, vs):
+    """The same work in processes of its own, ours and the rival's in turn: medians, and their ratio."""
+    arguments = [a for a in sys.argv[1:] if not a.startswith(('--vs=', '--repeats='))]
+    results = {'': [], vs: []}
+    for rival in list(results) * repeats:
+        command = [sys.executable, __file__, *arguments, '--repeats=1', f'--rival={rival}']
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise UserError(f'vs={vs}: this failed: {" ".join(command)}')
+        results[rival].append(json.loads(done.stdout.splitlines()[-1]))
+        measured = {k: round(v, 1) for k, v in results[rival][-1].items() if k in COMPARED}
+        print(f'{rival or "ours":24}', measured, flush=True)
+    ours, theirs = ({k: statistics.median(r[k] for r in runs) for k in COMPARED if k in runs[0]}
+                    for runs in results.values())
+    for key in theirs:
+        print(f'{key}: {ours[key]:,.1f} against {theirs[key]:,.1f}: {ours[key] / theirs[key]:.2f} times, '
+              f'medians of {repeats}')
+    return dict(ours=ours, theirs=theirs)
+
+
 if __name__ == '__main__':
     settings = configure(globals())
-    if task != 'train' and dtype == 'auto':
+    if task in ('hellaswag', 'loss') and dtype == 'auto':
         dtype = 'float32'
-    device, dtype, compile = resolve(device, dtype, compile)
-    check(settings, "task in ('train', 'hellaswag', 'loss')", 'batch_size > 0', 'warmup >= 0', 'steps > 0',
-          'repeats > 0', 'seed >= 0', 'stride >= 0')
-    if task != 'train' and not init_from:
+    device, dtype, compile = resolve(device, dtype, task == 'generate' if compile == 'auto' else compile,
+                                     width=n_embd if task == 'train' else 0)
+    check(settings, "task in ('train', 'generate', 'prepare', 'hellaswag', 'loss')", 'batch_size >= 0', 'warmup >= 0',
+          'steps > 0', 'repeats > 0', 'seed >= 0', 'stride >= 0', 'prompt > 0', 'new_tokens > 0', 'megabytes > 0',
+          "optimizer in ('adamw', 'muon')", "quantize in ('', 'int8')",
+          "tokenizer in ('', 'char', 'gpt2', 'bpe')")
+    if task in ('hellaswag', 'loss') and not init_from:
         raise UserError(f'task={task} needs a trained model: --init_from=gpt2, or the folder of a run')
     if task == 'loss' and not source:
         raise UserError('task=loss needs a text: --source=FILE')
+    if vs:
+        if task in ('hellaswag', 'loss'):
+            raise UserError(f'vs={vs}: this is for the tasks train, generate and prepare')
+        print(json.dumps(dict(task=task, vs=vs, **alternate(repeats, vs))))
+        sys.exit()
+    if not rival:
+        keep_memory()
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    batch_size = batch_size or (1 if task == 'generate' else 8)
     if world > 1:
-        dist.init_process_group('gloo')
+        dist.init_process_group('cpu:gloo,cuda:nccl' if device.startswith('cuda') else 'gloo')
     torch.manual_seed(seed)
     if rank > 0:
         dist.barrier()  # the first process downloads what the others then find
+    model, work = None, None
     if init_from:
         checkpoint = load_checkpoint(init_from)
         model = GPT.from_checkpoint(checkpoint, dropout=dropout)
-    else:
+    elif task != 'prepare':
         model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias, rope, qk_norm, relu2))
-    if task != 'train':
-        model.to(getattr(torch, dtype)).eval()
+    if task in ('hellaswag', 'loss'):
         tok = get_tokenizer(checkpoint['tokenizer'])
     if task == 'hellaswag':
         path = source or os.path.join(DATA, 'hellaswag', os.path.basename(HELLASWAG))
@@ -249,18 +433,30 @@ if __name__ == '__main__':
         ids, n_bytes = read_text(source, tok, checkpoint['tokenizer'])
     if rank == 0 and world > 1:
         dist.barrier()
+    if model:
+        if quantize:
+            model.quantize()
+        model.to(device, torch.float32 if task == 'train' else getattr(torch, dtype)).train(task == 'train')
 
-    model.to(device)
     if task == 'train':
-        result = training(model, batch_size, min(block_size, model.config.block_size), warmup, steps, repeats, device,
-                          dtype, compile)
+        work, lines, result = training(model, rival, batch_size, min(block_size, model.config.block_size), optimizer,
+                                       warmup, steps, repeats, device, dtype, compile, world)
+    elif task == 'generate':
+        work, lines, result = generating(model, rival, batch_size, prompt, new_tokens, repeats, device, dtype, compile)
+    elif task == 'prepare':
+        lines, result = preparing(rival, megabytes, tokenizer, repeats)
     elif task == 'hellaswag':
-        result = hellaswag(model, items, batch_size, device, rank, world)
+        lines, result = [], hellaswag(model, items, batch_size, device, rank, world)
     else:
         stride = stride or max(1, model.config.block_size // 2)
-        result = text_loss(model, ids, n_bytes, stride, batch_size, device, rank, world)
+        lines, result = [], text_loss(model, ids, n_bytes, stride, batch_size, device, rank, world)
     if rank == 0:
-        print(json.dumps(dict(task=task, model=init_from, dtype=dtype, **result)))
+        if lines:
+            shape = f'{model.num_params():,} parameters, ' if model else ''
+            print(f'{shape}torch {torch.__version__}, {name_of(device)}', *lines, sep='\n')
+        if profile and work:
+            show_profile(work)
+        print(json.dumps(dict(task=task, model=init_from, device=name_of(device), dtype=dtype, **result)))
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()

@@ -56,6 +56,42 @@ def rotate(x, rotation):
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)
 
 
+class Linear(nn.Linear):
+    """y = W x + b. To generate token by token is to read all of W from memory again and again, and on a CPU the usual
+    product keeps far below what memory can deliver: hence two other ways to put it for a few tokens."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.register_buffer('scale', None)  # of each row, if W is int8
+
+    def quantize(self):
+        """Keep W in 8 bits: each row in steps of 1/127 of its largest weight, which bfloat16 can tell exactly."""
+        w = self.weight.detach()
+        self.scale = (w.abs().amax(dim=1) / 127).clamp(min=1e-30).bfloat16().float()
+        steps = (w / self.scale[:, None]).round().clamp(-127, 127)
+        self.weight = nn.Parameter(steps.to(torch.int8), requires_grad=False)
+
+    def forward(self, x):
+        w, rows = self.weight, x.numel() // self.in_features
+        few = not torch.is_grad_enabled() and x.device.type == 'cpu' and rows <= 4
+        if few and torch.compiler.is_compiling():  # one loop over W, which serves all rows
+            flat = x.reshape(rows, -1).contiguous()
+            flat = flat.as_strided(flat.shape, flat.stride())  # has x computed before the loop instead of inside
+            y = (w[:, None] * flat).sum(-1).t()
+        elif few and w.dtype == torch.float32:  # W in parts, so that every core has some
+            parts = math.gcd(self.out_features, 8)
+            y = x.view(1, rows, -1).expand(parts, -1, -1) @ w.view(parts, -1, self.in_features).transpose(1, 2)
+            y = y.transpose(0, 1)
+        elif self.scale is None:
+            return super().forward(x)
+        else:
+            y = F.linear(x, w.to(x.dtype))
+        y = y.reshape(*x.shape[:-1], -1)
+        if self.scale is not None:
+            y = y * self.scale
+        return y if self.bias is None else y + self.bias
+
+
 class CausalSelfAttention(nn.Module):
     """The one place where tokens look at each other. Each token asks a question (query); it and every token before it
     offer a label (key) and a content (value). How well query and key match decides how much of the value flows:
@@ -63,12 +99,12 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # queries, keys and values at once
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # queries, keys and values at once
+        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
         self.n_head, self.dropout, self.qk_norm = config.n_head, config.dropout, config.qk_norm
 
-    def forward(self, x, rotation=None, cache=None, start=0):
+    def forward(self, x, rotation=None, cache=None, position=None, mask=None):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # each (B, heads, T, head size)
         if self.qk_norm:
@@ -76,12 +112,10 @@ class CausalSelfAttention(nn.Module):
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
         if cache is not None:  # generating: remember these keys and values, look back at all of them so far
-            cache[0, :, :, start:start + T], cache[1, :, :, start:start + T] = k, v
-            k, v = cache[:, :, :, :start + T]
-        mask = None
-        if start and T > 1:  # several tokens after remembered ones: each sees those, and of the new ones no later ones
-            mask = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start)
-        y = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0, is_causal=start == 0)
+            cache[0, :, :, position], cache[1, :, :, position] = k, v
+            k, v = cache
+        y = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0,
+                                           is_causal=mask is None)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads' results side by side again
         return self.resid_dropout(self.c_proj(y))
 
@@ -91,8 +125,8 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
         self.relu2 = config.relu2
 
@@ -113,10 +147,14 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, rotation=None, cache=None, start=0):
-        x = x + self.attn(self.ln_1(x), rotation, cache, start)  # (B, T, C): each token gathers from the ones before it
-        x = x + self.mlp(self.ln_2(x))                           # (B, T, C): each token digests what it gathered
+    def forward(self, x, *context):
+        x = x + self.attn(self.ln_1(x), *context)  # (B, T, C): each token gathers from the ones before it
+        x = x + self.mlp(self.ln_2(x))             # (B, T, C): each token digests what it gathered
         return x
+
+
+def call(module, *inputs):
+    return module(*inputs)
 
 
 class GPT(nn.Module):
@@ -132,7 +170,7 @@ class GPT(nn.Module):
             h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
             ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
         ))
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight  # tied: what reads a token in also scores it going out
         for name, p in self.named_parameters():  # GPT-2's initialisation
             if name.endswith('bias'):
@@ -140,11 +178,14 @@ class GPT(nn.Module):
             elif p.dim() == 2:  # what adds to the stream starts smaller, so that all blocks together add up to one
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if name.endswith('c_proj.weight') else 0.02)
 
-    def hidden(self, idx, cache=None, start=0):
-        """Ids (B, T), the first of them at position start, to the final normalised stream (B, T, C)."""
-        end = start + idx.shape[1]
-        assert end <= self.config.block_size, f'{end} tokens do not fit block_size={self.config.block_size}'
-        position = torch.arange(start, end, device=idx.device)
+    def hidden(self, idx, cache=None, start=0, run=call):
+        """Ids (B, T), the first of them at position start, to the final normalised stream (B, T, C). With a cache, the
+        tokens before start are in it, and these join them."""
+        T, size = idx.shape[1], self.config.block_size
+        assert T <= size, f'{T} tokens do not fit block_size={size}'
+        position, mask = start + torch.arange(T, device=idx.device), None
+        if cache is not None:
+            mask = torch.arange(cache[0].shape[-2], device=idx.device) <= position[:, None]  # (T, length of the cache)
         x, rotation = self.transformer.wte(idx), None  # (B, T, C)
         if self.config.rope:
             half = self.config.n_embd // self.config.n_head // 2
@@ -155,7 +196,7 @@ class GPT(nn.Module):
             x = x + self.transformer.wpe(position)
         x = self.transformer.drop(x)
         for i, block in enumerate(self.transformer.h):
-            x = block(x, rotation, None if cache is None else cache[i], start)
+            x = run(block, x, rotation, None if cache is None else cache[i], position, mask)
         return self.transformer.ln_f(x)
 
     def forward(self, idx, targets=None):
@@ -169,34 +210,48 @@ class GPT(nn.Module):
     def empty_cache(self, batch_size, length):
         """Room for each layer's keys and values of so many tokens, for hidden()."""
         heads, width = self.config.n_head, self.config.n_embd
-        return [self.lm_head.weight.new_empty(2, batch_size, heads, length, width // heads) for _ in self.transformer.h]
+        assert length <= self.config.block_size, f'{length} tokens do not fit block_size={self.config.block_size}'
+        return [self.transformer.wte.weight.new_zeros(2, batch_size, heads, length, width // heads)
+                for _ in self.transformer.h]
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=None, vocab_size=None):
-        """Continue each row of idx (B, T): yields the next token of every row, (B,), max_new_tokens times or until
-        every row has emitted the token stop. temperature 0 takes the likeliest, top_k keeps the k likeliest, top_p the
-        fewest that hold that much probability together. Ids from vocab_size up (padding) are never emitted.
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, vocab_size=None, compile=False):
+        """Continue each row of idx (B, T): yields the next token of every row, (B,), max_new_tokens times. temperature
+        0 takes the likeliest, top_k keeps the k likeliest, top_p the fewest that hold that much probability together.
+        Ids from vocab_size up (padding) are never emitted.
 
         Keys and values of the tokens so far are cached, so a step costs one token. When the window of block_size is
-        full, the more recent half of it is read anew as the start of the next window, and so on."""
+        full, the more recent half of it is read anew as the start of the next window, and so on. On CUDA, and with
+        compile, every step after the first has the same shapes, on a cache of full length."""
         assert not self.training, 'call model.eval() first: dropout is on'
-        size = self.config.block_size
-        cache = self.empty_cache(len(idx), min(size, idx.shape[1] + max_new_tokens))
+        size, batch, device = self.config.block_size, len(idx), idx.device
+        cache = self.empty_cache(batch, min(size, idx.shape[1] + max_new_tokens))
+        run = torch.compile(call) if compile else call
+
+        def step(token, position):  # (B, 1), () -> (B, vocab_size)
+            return run(self.lm_head, self.hidden(token, cache, position, run)[:, -1])
+
         window = unread = idx[:, -size:]
-        start, ended = 0, torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
+        start, recorded = 0, None
         for _ in range(max_new_tokens):
             if start + unread.shape[1] > size:
                 unread, start = window[:, -max(1, size // 2):], 0
-            x = self.hidden(unread, cache, start)[:, -1]  # (B, C)
-            start += unread.shape[1]
-            token = sample_token(self.lm_head(x)[:, :vocab_size], temperature, top_k, top_p)
-            if stop is not None:
-                token = token.where(~ended, stop)
-                ended |= token == stop
+            end = start + unread.shape[1]
+            if start and (compile or device.type == 'cuda'):
+                position = torch.full((), start, device=device)
+                if device.type == 'cuda':
+                    recorded = recorded or record(step, unread, position)
+                logits = (recorded or step)(unread, position)
+            else:
+                rows = batch if start or (unread != unread[:1]).any() else 1  # what all rows begin with is read once
+                x = self.hidden(unread[:rows], [layer[:, :rows, :, :end] for layer in cache], start)[:, -1]
+                if rows < batch:
+                    for layer in cache:
+                        layer[:, 1:, :, start:end] = layer[:, :1, :, start:end]
+                logits = self.lm_head(x).expand(batch, -1)
+            token = sample_token(logits[:, :vocab_size], temperature, top_k, top_p)
             yield token
-            if stop is not None and ended.all():
-                return
-            unread = token[:, None]
+            start, unread = end, token[:, None]
             window = torch.cat((window, unread), dim=1)[:, -size:]
 
     @classmethod
@@ -221,6 +276,12 @@ class GPT(nn.Module):
         folder or .safetensors file in Hugging Face's format."""
         return cls.from_checkpoint(load_pretrained(source), **changes)
 
+    def quantize(self):
+        """Keep the matrices in 8 bits, to generate. Embeddings stay as they are."""
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.quantize()
+
     def crop_block_size(self, block_size):
         """Shorten the window, e.g. to finetune on shorter texts: the later positions are dropped."""
         assert block_size <= self.config.block_size
@@ -238,12 +299,39 @@ class GPT(nn.Module):
         matrices = sum(p.numel() for name, p in self.named_parameters() if p.dim() == 2 and 'wpe' not in name)
         return 6 * matrices + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
 
-    def configure_optimizer(self, weight_decay, learning_rate, betas):
-        """AdamW. Matrices decay towards zero, vectors (biases, norms) do not."""
-        matrices = [p for p in self.parameters() if p.dim() >= 2]
+    def configure_optimizers(self, kind, weight_decay, learning_rate, betas):
+        """{'adamw': AdamW}, which with kind='muon' leaves the blocks' matrices to torch's Muon. Matrices decay towards
+        zero, vectors (biases, norms) do not. Muon's step changes a matrix by as much in every direction, and is scaled
+        to the usual size of AdamW's, so that one learning rate serves both."""
+        rotated = [p for p in self.transformer.h.parameters() if p.dim() == 2] if kind == 'muon' else []
+        matrices = [p for p in self.parameters() if p.dim() == 2 and p not in set(rotated)]
         vectors = [p for p in self.parameters() if p.dim() < 2]
         groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=vectors, weight_decay=0.0)]
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+        optimizers = dict(adamw=torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True))
+        if rotated:
+            optimizers['muon'] = torch.optim.Muon(rotated, lr=learning_rate, weight_decay=weight_decay,
+                                                  momentum=betas[0], adjust_lr_fn='match_rms_adamw')
+        return optimizers
+
+
+def record(step, *inputs):
+    """Record all that step launches on the GPU, as a CUDA graph: to replay it takes one launch instead of hundreds."""
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(3):  # what happens only at first must not be recorded: compiling, choosing kernels
+            step(*inputs)
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = step(*inputs)
+
+    def replay(*new):
+        for old, now in zip(inputs, new, strict=True):
+            old.copy_(now)
+        graph.replay()
+        return output
+    return replay
 
 
 def sample_token(logits, temperature=1.0, top_k=None, top_p=None):
@@ -251,18 +339,18 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None):
     if temperature < 1e-6:  # dividing by so little would overflow
         return logits.argmax(dim=-1)
     logits = logits.float() / temperature  # below 1 sharpens the choice, above 1 flattens it
-    if top_k:
-        worst = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < worst, -math.inf)
-    if top_p is not None and top_p < 1:
-        ranked, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
-        enough = ranked.cumsum(dim=-1) - ranked >= top_p  # the likelier ones hold top_p already
-        enough[:, 0] = False
-        logits = logits.masked_fill(torch.zeros_like(enough).scatter(1, order, enough), -math.inf)
+    nucleus, ids = top_p is not None and top_p < 1, None
+    if top_k or nucleus:  # the k likeliest, in this order
+        n = logits.shape[-1]
+        logits, ids = logits.topk(min(top_k or n, n))
     probs = logits.softmax(dim=-1)
+    if nucleus:
+        probs = probs * (probs.cumsum(dim=-1) - probs < top_p)  # none whose betters hold that much already
     if probs.device.type == 'mps':  # whose multinomial can return ids of zero probability
-        return torch.multinomial(probs.cpu(), 1).to(logits.device).squeeze(1)
-    return torch.multinomial(probs, 1).squeeze(1)
+        token = torch.multinomial(probs.cpu(), 1).to(logits.device)
+    else:
+        token = torch.multinomial(probs, 1)
+    return (token if ids is None else ids.gather(1, token)).squeeze(1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -321,7 +409,8 @@ def from_nanogpt(checkpoint, path, data):
                             f'but there is no meta.pkl with as many: copy its folder to {ours}')
     weights = {name.removeprefix('_orig_mod.'): w for name, w in checkpoint['model'].items()
                if not name.endswith('.attn.bias')}
-    return dict(model=weights, best_val_loss=float(checkpoint['best_val_loss']), scaler={}, tokenizer=tokenizer)
+    return dict(model=weights, best_val_loss=float(checkpoint['best_val_loss']), scaler={}, tokenizer=tokenizer,
+                optimizer=dict(adamw=checkpoint['optimizer']))
 
 
 def load_pretrained(source):

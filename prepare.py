@@ -70,10 +70,16 @@ END_OF_TEXT = '<|endoftext|>'
 SPLIT = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+|\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
          r"|\s*[\r\n]|\s+(?!\S)|\s+")
 
-# In every such split a token ends where space or punctuation follows a letter, and after a single newline: a long text
-# can be cut there and its parts encoded one by one, with the same ids as the whole.
-CUT = re.compile(r'(?<=[^\W\d_])(?=[\s!-/:-@，。、！？；：…—])|(?<=\S\n)(?=\S)')
+# In every such split a token ends where space or punctuation follows a letter or digit, and after a single newline: a
+# text can be cut there and its parts encoded one by one, with the same ids as the whole.
+CUT = re.compile(r'(?<=[^\W_])(?=[\s!-/:-@，。、！？；：…—])|(?<=\S\n)(?=\S)')
 CHUNK = 1 << 18  # characters of it at a time
+LONGEST = 1 << 22  # characters without such a place: then they are cut anywhere, as memory has an end
+
+
+def code_points(text):
+    return np.frombuffer(text.encode(), np.uint8) if text.isascii() else np.frombuffer(
+        text.encode('utf-32-le', 'surrogatepass'), np.uint32)
 
 
 class CharTokenizer:
@@ -83,13 +89,14 @@ class CharTokenizer:
     def __init__(self, chars):
         self.chars, self.n_vocab = chars, len(chars)
         codes = np.array([ord(c) for c in chars])
-        self.ids = np.full(codes.max() + 2, -1, np.int32)  # by code point; the last stands for all beyond
+        unknown = np.min_scalar_type(self.n_vocab).type(self.n_vocab)
+        self.ids = np.full(max(codes.max() + 2, 256), unknown)  # by code point; the last stands for all beyond
         self.ids[codes] = np.arange(len(chars))
 
     def encode(self, text, special=False):
-        codes = np.frombuffer(text.encode('utf-32-le', 'surrogatepass'), np.uint32)
-        ids = self.ids[np.minimum(codes, len(self.ids) - 1)]
-        if len(ids) and ids.min() < 0:
+        codes = code_points(text)
+        ids = self.ids[codes if codes.dtype == np.uint8 else np.minimum(codes, len(self.ids) - 1)]
+        if len(ids) and ids.max() == self.n_vocab:
             unknown = ' '.join(repr(c) for c in sorted(set(text) - set(self.chars))[:20])
             raise UserError(f'the tokenizer does not know {unknown}: it has only the {self.n_vocab} characters of the '
                             'text it was made from, so leave these out')
@@ -192,12 +199,12 @@ def make_spec(tokenizer, files, vocab_size):
     """The spec of a tokenizer for the text in files: what get_tokenizer needs."""
     kind, _, path = tokenizer.partition(':')
     if kind == 'char':
-        chars = set()
+        seen = np.zeros(sys.maxunicode + 1, bool)
         for text, _ in read(files, 'characters'):
-            chars.update(text)
-        if not chars:
+            seen[code_points(text)] = True
+        if not seen.any():
             raise UserError(f'{files[0]} is empty: there is no text in it')
-        return dict(type='char', chars=''.join(sorted(chars)))
+        return dict(type='char', chars=''.join(map(chr, np.flatnonzero(seen))))
     if kind == 'bpe':
         import regex  # which tiktoken depends on: the same syntax as its own
         if vocab_size < 258:
@@ -479,6 +486,8 @@ def read_file(f, path):
         while text := lines.read(CHUNK):
             text = rest + text
             cut = max((m.start() for m in CUT.finditer(text, max(0, len(text) - 1000))), default=0)
+            if not cut and len(text) > LONGEST:
+                cut = len(text)
             yield text[:cut], False
             rest = text[cut:]
         yield rest, True
@@ -490,7 +499,8 @@ def read_file(f, path):
 def prepare(dataset, source='', tokenizer='', vocab_size=4096, val_fraction=0.0, shards=0):
     """Write train.bin, val.bin and meta.json for a dataset: a row of DATASETS or any other text. Returns meta."""
     row, folder = DATASETS.get(dataset, {}), os.path.join(DATA, dataset)
-    row = row if source in ('', row.get('source')) else {}
+    if row and source not in ('', row['source']):
+        raise UserError(f'dataset={dataset!r} has a text of its own: give another for {source} with --dataset=NAME')
     source, tokenizer = source or row.get('source'), tokenizer or row.get('tokenizer', 'gpt2')
     val_fraction = val_fraction or row.get('val_fraction', 0.1)
     if not source:
@@ -526,7 +536,7 @@ def prepare(dataset, source='', tokenizer='', vocab_size=4096, val_fraction=0.0,
                 if between and len(ids):
                     ids, between = np.concatenate((separator, ids)), False
                     starts.append(n + len(separator))
-                f.write(ids.astype(dtype).tobytes())
+                f.write(ids.astype(dtype, copy=False).data)
                 n += len(ids)
                 between = between or (ends and n > 0)
     if n < 2:

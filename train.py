@@ -9,6 +9,7 @@ $ torchrun --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --master_port=1234 --
 """
 import datetime
 import functools
+import gc
 import json
 import math
 import os
@@ -23,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from configurator import UserError, check, configure, optional, resolve
+from configurator import UserError, check, configure, keep_memory, optional, resolve
 from model import GPT, PRETRAINED, GPTConfig, find_pretrained, load_checkpoint
 from prepare import DATA, DATASETS, SHAKESPEARE, load_dataset, prepare
 
@@ -54,6 +55,7 @@ rope = False                   # rotary positions instead of learned ones
 qk_norm = False                # normalised queries and keys
 relu2 = False                  # squared ReLU instead of GELU
 # optimizer
+optimizer = 'adamw'            # 'adamw'; 'muon': torch.optim.Muon for the blocks' matrices, AdamW for the rest
 learning_rate = 6e-4           # at its highest
 max_iters = 600000             # steps to train
 weight_decay = 1e-1            # of matrices; vectors never decay
@@ -63,13 +65,14 @@ grad_clip = 1.0                # longest gradient; 0: any
 decay_lr = True                # False: constant, with no warmup either
 lr_schedule = 'cosine'         # 'cosine': half a wave down to min_lr; 'linear': straight down to zero
 warmup_iters = 2000            # steps in which the learning rate rises
+lr_hold_iters = 0              # steps at its highest, before it decays
 lr_decay_iters = 600000        # step at which its decay ends, usually max_iters
 min_lr = 6e-5                  # where cosine ends, usually a tenth of learning_rate
 # system
 seed = 1337                    # of initial weights, order of the data and dropout
 device = 'auto'                # 'cpu', 'cuda', 'cuda:1', 'mps'; auto: the best there is
 dtype = 'auto'                 # of the arithmetic: 'float32', 'bfloat16', 'float16'; auto: what the device is good at
-compile = 'auto'               # torch.compile: True, False; auto: on CUDA
+compile = 'auto'               # torch.compile: True, False; auto: on CUDA, and for long runs on a CPU
 backend = 'nccl'               # how CUDA devices talk under torchrun; CPUs always use gloo
 
 # dense bfloat16 (float16 where older) peak in TFLOPs by device name, from the makers' data sheets; the first that fits
@@ -114,16 +117,17 @@ def get_windows(path, dtype, starts, block_size, device):
     return ids[:, :-1], ids[:, 1:]
 
 
-def get_lr(step, peak, warmup, decay_end, min_lr, schedule):
+def get_lr(step, peak, warmup, hold, decay_end, min_lr, schedule):
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
-    left = 1 - min(1, (step - warmup) / max(1, decay_end - warmup))  # from 1 down to 0
+    begin = warmup + hold
+    left = 1 - max(0, min(1, (step - begin) / max(1, decay_end - begin)))  # from 1 down to 0
     if schedule == 'linear':
         return peak * left
     return min_lr + (peak - min_lr) * (1 - math.cos(math.pi * left)) / 2
 
 
-def train_step(model, optimizer, scaler, batches, grad_clip, autocast):
+def train_step(model, optimizers, scaler, batches, grad_clip, autocast):
     """One step on a list of micro-batches. Returns their mean loss and the gradient's norm, still on the device."""
     total = 0
     for i, (x, y) in enumerate(batches):
@@ -133,12 +137,24 @@ def train_step(model, optimizer, scaler, batches, grad_clip, autocast):
             loss = model(x, y)[1] / len(batches)
         scaler.scale(loss).backward()
         total += loss.detach()
-    scaler.unscale_(optimizer)
+    for optimizer in optimizers.values():
+        scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-    scaler.step(optimizer)
+    for optimizer in optimizers.values():
+        scaler.step(optimizer)
     scaler.update()
-    optimizer.zero_grad(set_to_none=True)
+    model.zero_grad(set_to_none=True)
     return total, norm
+
+
+def compiled(model):
+    """On a CPU block by block: all are alike, so one is compiled for all. On a GPU as a whole, which takes longer and
+    joins the loss to the head, so that no float32 copy of all logits is made."""
+    if next(model.parameters()).device.type != 'cpu':
+        return torch.compile(model)
+    for block in model.transformer.h:
+        block.compile()
+    return model
 
 
 def compile_problem(model, batch, autocast):
@@ -198,7 +214,8 @@ def cut_log(path, iter_num):
 
 if __name__ == '__main__':
     config = configure(globals())
-    device, dtype, compile = resolve(device, dtype, compile)
+    keep_memory()
+    device, dtype, compile = resolve(device, dtype, compile, width=n_embd)
     device_type = device.partition(':')[0]
     autocast = autocast_for(device, dtype)
 
@@ -207,14 +224,15 @@ if __name__ == '__main__':
     if ddp:
         if device not in ('cpu', f"cuda:{os.environ['LOCAL_RANK']}"):
             raise UserError(f'device={config["device"]!r} under torchrun: leave it out, or say cpu or cuda')
-        if device_type == 'cpu':  # torchrun gives each process one thread
-            torch.set_num_threads(max(1, os.cpu_count() // int(os.environ['LOCAL_WORLD_SIZE'])))
         dist.init_process_group(f'cpu:gloo,cuda:{backend}' if device_type == 'cuda' else 'gloo')
     say = print if rank == 0 else lambda *args, **kwargs: None
     check(config, 'batch_size > 0', 'gradient_accumulation_steps > 0', 'eval_interval > 0', 'eval_iters > 0',
           'log_interval > 0', 'max_iters >= 0', 'learning_rate >= 0', 'min_lr >= 0', 'weight_decay >= 0',
           'grad_clip >= 0', 'beta1 >= 0', 'beta1 < 1', 'beta2 >= 0', 'beta2 < 1', 'seed >= 0', 'seed < 2**63',
-          "lr_schedule in ('cosine', 'linear')")
+          "lr_schedule in ('cosine', 'linear')", "optimizer in ('adamw', 'muon')")
+    if optimizer == 'muon' and dtype == 'float16':
+        raise UserError("optimizer='muon' computes in bfloat16, dtype='float16' is for cards without it: use "
+                        '--optimizer=adamw or another dtype')
     if gradient_accumulation_steps % world:
         raise UserError(f'gradient_accumulation_steps={gradient_accumulation_steps} must be a multiple of the {world} '
                         f'processes: use {math.ceil(gradient_accumulation_steps / world) * world}')
@@ -284,12 +302,17 @@ if __name__ == '__main__':
         raw_model = GPT.from_checkpoint(checkpoint, dropout=dropout)
         raw_model.crop_block_size(block_size)
     raw_model.to(device)
-    optimizer = raw_model.configure_optimizer(weight_decay, learning_rate, (beta1, beta2))
+    optimizers = raw_model.configure_optimizers(optimizer, weight_decay, learning_rate, (beta1, beta2))
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
     if init_from == 'resume':
         iter_num, best_val_loss = checkpoint['iter_num'], checkpoint['best_val_loss']
         # the moments of that run, with the settings that this one was given
-        optimizer.load_state_dict(optimizer.state_dict() | dict(state=checkpoint['optimizer']['state']))
+        if checkpoint['optimizer'].keys() != optimizers.keys():
+            raise UserError(f"optimizer={optimizer!r}, but {path} has the moments of "
+                            f"{' and '.join(checkpoint['optimizer'])}: keep to that, or start from its weights with "
+                            f'--init_from={path}')
+        for name, opt in optimizers.items():
+            opt.load_state_dict(opt.state_dict() | dict(state=checkpoint['optimizer'][name]['state']))
         if checkpoint['scaler']:
             scaler.load_state_dict(checkpoint['scaler'])
         changed = [f'{k} {v} -> {config[k]}' for k, v in checkpoint['config'].items()
@@ -302,7 +325,10 @@ if __name__ == '__main__':
         return DDP(model, device_ids, gradient_as_bucket_view=True) if ddp else model
 
     # raw_model owns the weights and is saved, fast is perhaps compiled and is evaluated, model is trained
-    fast = torch.compile(raw_model) if compile else raw_model
+    flops_per_step = raw_model.flops_per_token() * tokens_per_step
+    if config['compile'] == 'auto' and device_type == 'cpu':  # it takes 20 s and saves a seventh, so not for 10 minutes
+        compile = flops_per_step * max_iters / world > 1e14
+    fast = compiled(raw_model) if compile else raw_model
     model = parallel(fast)
     if compile:
         say('compiling the model (compile=False goes without)')
@@ -311,9 +337,7 @@ if __name__ == '__main__':
             raise UserError(f'compile=True, but {problem}: leave it out or mend that')
         if problem:
             say(f'{problem}: going on without it')
-            fast = raw_model
-            model = parallel(fast)
-    flops_per_step = raw_model.flops_per_token() * tokens_per_step
+            torch.compiler.set_stance('force_eager')
     peak = peak_flops(device, dtype)
     say(f'{raw_model.num_params():,} parameters on {device} in {dtype}, {world} process{"es" * (world > 1)}, '
         f'{tokens_per_step:,} tokens a step, {meta["train_tokens"] / tokens_per_step:,.1f} steps an epoch')
@@ -353,7 +377,8 @@ if __name__ == '__main__':
                       config=config, tokenizer=meta['tokenizer'], **state), os.path.join(out_dir, name))
 
     def save_all():
-        save_as('ckpt.pt', optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+        save_as('ckpt.pt', optimizer={name: opt.state_dict() for name, opt in optimizers.items()},
+                scaler=scaler.state_dict())
 
     def check_finite(loss, what):
         if not math.isfinite(loss):
@@ -371,6 +396,7 @@ if __name__ == '__main__':
 
     # training
     model.train()
+    gc.freeze()  # no looking through all that is there, again and again, for garbage
     ready = batches(iter_num)
     since, logged_iter = time.time(), iter_num
     while True:
@@ -392,12 +418,12 @@ if __name__ == '__main__':
 
         lr = learning_rate
         if decay_lr:
-            lr = get_lr(iter_num, learning_rate, warmup_iters, lr_decay_iters, min_lr, lr_schedule)
-        for group in optimizer.param_groups:
+            lr = get_lr(iter_num, learning_rate, warmup_iters, lr_hold_iters, lr_decay_iters, min_lr, lr_schedule)
+        for group in (group for opt in optimizers.values() for group in opt.param_groups):
             group['lr'] = lr
         if dropout:  # what is dropped in a step depends on the step alone, so a resumed run goes on as if never stopped
             torch.manual_seed(int(np.random.SeedSequence((seed, iter_num, rank)).generate_state(1)[0]))
-        loss, norm = train_step(model, optimizer, scaler, ready, grad_clip, autocast)
+        loss, norm = train_step(model, optimizers, scaler, ready, grad_clip, autocast)
         ready = batches(iter_num + 1)  # while a GPU is still busy with this step
 
         if iter_num % log_interval == 0:
