@@ -46,7 +46,7 @@ stride = 0         # loss: a window begins so many tokens after the last; 0: hal
 prompt = 32        # generate: tokens to begin with
 new_tokens = 128   # generate: tokens to write
 megabytes = 32     # prepare: of text
-tokenizer = ''     # prepare: 'char', 'gpt2' or 'bpe'; '': all of them
+tokenizer = ''     # prepare: 'char', 'gpt2' or 'bpe', which nanoGPT has not; '': all of them
 batch_size = 0     # windows in a step, texts written side by side, or HellaSwag's items; 0: 8, for generate 1
 block_size = 1024  # tokens in a window
 n_layer = 12
@@ -66,7 +66,7 @@ profile = False    # train, generate: where the time goes, as a table, and as a 
 seed = 1337
 device = 'auto'    # 'cpu', 'cuda', 'cuda:1', 'mps'; auto: the best there is
 dtype = 'auto'     # 'float32', 'bfloat16', 'float16'; auto: what the device is good at, hellaswag and loss: float32
-compile = 'auto'   # torch.compile: True, False; auto: on CUDA, and on a CPU to generate
+compile = 'auto'   # torch.compile: True, False; auto: on CUDA, and to generate on a CPU
 quantize = ''      # generate, loss, hellaswag: 'int8' weights
 rival = ''         # what --vs gives to its own processes
 
@@ -370,10 +370,9 @@ def sum_up(counts, world):
 
 def alternate(repeats, vs):
     """The same work in processes of its own, ours and the rival's in turn: medians, and their ratio."""
-    arguments = [a for a in sys.argv[1:] if not a.startswith(('--vs=', '--repeats='))]
     results = {'': [], vs: []}
     for rival in list(results) * repeats:
-        command = [sys.executable, __file__, *arguments, '--repeats=1', f'--rival={rival}']
+        command = [sys.executable, __file__, *sys.argv[1:], '--vs=', '--repeats=1', f'--rival={rival}']
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if done.returncode:
             raise UserError(f'vs={vs}: this failed: {" ".join(command)}')
@@ -392,8 +391,9 @@ if __name__ == '__main__':
     settings = configure(globals())
     if task in ('hellaswag', 'loss') and dtype == 'auto':
         dtype = 'float32'
-    device, dtype, compile = resolve(device, dtype, task == 'generate' if compile == 'auto' else compile,
-                                     width=n_embd if task == 'train' else 0)
+    device, dtype, compile = resolve(device, dtype, compile, width=n_embd if task == 'train' else 0)
+    if settings['compile'] == 'auto' and task == 'generate':
+        compile = device != 'mps'
     check(settings, "task in ('train', 'generate', 'prepare', 'hellaswag', 'loss')", 'batch_size >= 0', 'warmup >= 0',
           'steps > 0', 'repeats > 0', 'seed >= 0', 'stride >= 0', 'prompt > 0', 'new_tokens > 0', 'megabytes > 0',
           "optimizer in ('adamw', 'muon')", "quantize in ('', 'int8')",
@@ -421,7 +421,8 @@ if __name__ == '__main__':
         checkpoint = load_checkpoint(init_from)
         model = GPT.from_checkpoint(checkpoint, dropout=dropout)
     elif task != 'prepare':
-        model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias, rope, qk_norm, relu2))
+        with torch.device('meta' if rival else 'cpu'):  # of ours only the shape matters then
+            model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias, rope, qk_norm, relu2))
     if task in ('hellaswag', 'loss'):
         tok = get_tokenizer(checkpoint['tokenizer'])
     if task == 'hellaswag':
@@ -433,7 +434,8 @@ if __name__ == '__main__':
         ids, n_bytes = read_text(source, tok, checkpoint['tokenizer'])
     if rank == 0 and world > 1:
         dist.barrier()
-    if model:
+    n_params = f'{model.num_params():,} parameters, ' if model else ''
+    if model and not rival:
         if quantize:
             model.quantize()
         model.to(device, torch.float32 if task == 'train' else getattr(torch, dtype)).train(task == 'train')
@@ -450,12 +452,11 @@ if __name__ == '__main__':
     else:
         stride = stride or max(1, model.config.block_size // 2)
         lines, result = [], text_loss(model, ids, n_bytes, stride, batch_size, device, rank, world)
+    if profile and work and world == 1:
+        show_profile(work)
     if rank == 0:
         if lines:
-            shape = f'{model.num_params():,} parameters, ' if model else ''
-            print(f'{shape}torch {torch.__version__}, {name_of(device)}', *lines, sep='\n')
-        if profile and work:
-            show_profile(work)
+            print(f'{n_params}torch {torch.__version__}, {name_of(device)}', *lines, sep='\n')
         print(json.dumps(dict(task=task, model=init_from, device=name_of(device), dtype=dtype, **result)))
     if world > 1:
         dist.barrier()

@@ -65,7 +65,8 @@ class Linear(nn.Linear):
         self.register_buffer('scale', None)  # of each row, if W is int8
 
     def quantize(self):
-        """Keep W in 8 bits: each row in steps of 1/127 of its largest weight, which bfloat16 can tell exactly."""
+        """Keep W in 8 bits: each row in steps of 1/127 of its largest weight, rounded so that bfloat16 holds them."""
+        assert self.scale is None, 'quantized already'
         w = self.weight.detach()
         self.scale = (w.abs().amax(dim=1) / 127).clamp(min=1e-30).bfloat16().float()
         steps = (w / self.scale[:, None]).round().clamp(-127, 127)
@@ -79,13 +80,14 @@ class Linear(nn.Linear):
             flat = flat.as_strided(flat.shape, flat.stride())  # has x computed before the loop instead of inside
             y = (w[:, None] * flat).sum(-1).t()
         elif few and w.dtype == torch.float32:  # W in parts, so that every core has some
-            parts = math.gcd(self.out_features, 8)
-            y = x.view(1, rows, -1).expand(parts, -1, -1) @ w.view(parts, -1, self.in_features).transpose(1, 2)
+            cores = torch.get_num_threads()
+            parts = next((n for n in range(cores, 16 * cores) if self.out_features % n == 0), 1)
+            y = x.reshape(1, rows, -1).expand(parts, -1, -1) @ w.view(parts, -1, self.in_features).transpose(1, 2)
             y = y.transpose(0, 1)
         elif self.scale is None:
             return super().forward(x)
         else:
-            y = F.linear(x, w.to(x.dtype))
+            return F.linear(x, w * self.scale[:, None].type_as(x), self.bias)
         y = y.reshape(*x.shape[:-1], -1)
         if self.scale is not None:
             y = y * self.scale
@@ -222,7 +224,7 @@ class GPT(nn.Module):
 
         Keys and values of the tokens so far are cached, so a step costs one token. When the window of block_size is
         full, the more recent half of it is read anew as the start of the next window, and so on. On CUDA, and with
-        compile, every step after the first has the same shapes, on a cache of full length."""
+        compile, all steps of one token have the same shapes, on a cache of full length."""
         assert not self.training, 'call model.eval() first: dropout is on'
         size, batch, device = self.config.block_size, len(idx), idx.device
         cache = self.empty_cache(batch, min(size, idx.shape[1] + max_new_tokens))
@@ -232,22 +234,21 @@ class GPT(nn.Module):
             return run(self.lm_head, self.hidden(token, cache, position, run)[:, -1])
 
         window = unread = idx[:, -size:]
-        start, recorded = 0, None
+        start, take = 0, None
         for _ in range(max_new_tokens):
             if start + unread.shape[1] > size:
                 unread, start = window[:, -max(1, size // 2):], 0
             end = start + unread.shape[1]
             if start and (compile or device.type == 'cuda'):
                 position = torch.full((), start, device=device)
-                if device.type == 'cuda':
-                    recorded = recorded or record(step, unread, position)
-                logits = (recorded or step)(unread, position)
+                take = take or (record(step, unread, position) if device.type == 'cuda' else step)
+                logits = take(unread, position)
             else:
-                rows = batch if start or (unread != unread[:1]).any() else 1  # what all rows begin with is read once
+                rows = batch if start or (unread != unread[:1]).any() else 1  # rows that are all alike are read once
                 x = self.hidden(unread[:rows], [layer[:, :rows, :, :end] for layer in cache], start)[:, -1]
                 if rows < batch:
                     for layer in cache:
-                        layer[:, 1:, :, start:end] = layer[:, :1, :, start:end]
+                        layer[:, 1:, :, :end] = layer[:, :1, :, :end]
                 logits = self.lm_head(x).expand(batch, -1)
             token = sample_token(logits[:, :vocab_size], temperature, top_k, top_p)
             yield token
@@ -300,22 +301,24 @@ class GPT(nn.Module):
         return 6 * matrices + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
 
     def configure_optimizers(self, kind, weight_decay, learning_rate, betas):
-        """{'adamw': AdamW}, which with kind='muon' leaves the blocks' matrices to torch's Muon. Matrices decay towards
-        zero, vectors (biases, norms) do not. Muon's step changes a matrix by as much in every direction, and is scaled
-        to the usual size of AdamW's, so that one learning rate serves both."""
-        rotated = [p for p in self.transformer.h.parameters() if p.dim() == 2] if kind == 'muon' else []
-        matrices = [p for p in self.parameters() if p.dim() == 2 and p not in set(rotated)]
+        """{'adamw': AdamW for all}, or with kind='muon' {'adamw': ..., 'muon': Muon for the blocks' matrices}. Matrices
+        decay towards zero, vectors (biases, norms) do not. Muon's step changes a matrix by as much in every direction,
+        and is scaled to the usual size of AdamW's, so that one learning rate serves both."""
+        inner = [p for p in self.transformer.h.parameters() if p.dim() == 2] if kind == 'muon' else []
+        inside = set(inner)
+        matrices = [p for p in self.parameters() if p.dim() == 2 and p not in inside]
         vectors = [p for p in self.parameters() if p.dim() < 2]
         groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=vectors, weight_decay=0.0)]
         optimizers = dict(adamw=torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True))
-        if rotated:
-            optimizers['muon'] = torch.optim.Muon(rotated, lr=learning_rate, weight_decay=weight_decay,
+        if inner:
+            optimizers['muon'] = torch.optim.Muon(inner, lr=learning_rate, weight_decay=weight_decay,
                                                   momentum=betas[0], adjust_lr_fn='match_rms_adamw')
         return optimizers
 
 
 def record(step, *inputs):
     """Record all that step launches on the GPU, as a CUDA graph: to replay it takes one launch instead of hundreds."""
+    inputs = [x.clone() for x in inputs]  # our own: each replay overwrites them
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
@@ -347,9 +350,8 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None):
     if nucleus:
         probs = probs * (probs.cumsum(dim=-1) - probs < top_p)  # none whose betters hold that much already
     if probs.device.type == 'mps':  # whose multinomial can return ids of zero probability
-        token = torch.multinomial(probs.cpu(), 1).to(logits.device)
-    else:
-        token = torch.multinomial(probs, 1)
+        probs = probs.cpu()
+    token = torch.multinomial(probs, 1).to(logits.device)
     return (token if ids is None else ids.gather(1, token)).squeeze(1)
 
 
@@ -409,8 +411,8 @@ def from_nanogpt(checkpoint, path, data):
                             f'but there is no meta.pkl with as many: copy its folder to {ours}')
     weights = {name.removeprefix('_orig_mod.'): w for name, w in checkpoint['model'].items()
                if not name.endswith('.attn.bias')}
-    return dict(model=weights, best_val_loss=float(checkpoint['best_val_loss']), scaler={}, tokenizer=tokenizer,
-                optimizer=dict(adamw=checkpoint['optimizer']))
+    moments = dict(optimizer=dict(adamw=checkpoint['optimizer'])) if 'optimizer' in checkpoint else {}
+    return dict(model=weights, best_val_loss=float(checkpoint['best_val_loss']), scaler={}, tokenizer=tokenizer, **moments)
 
 
 def load_pretrained(source):

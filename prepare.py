@@ -90,7 +90,7 @@ class CharTokenizer:
         self.chars, self.n_vocab = chars, len(chars)
         codes = np.array([ord(c) for c in chars])
         unknown = np.min_scalar_type(self.n_vocab).type(self.n_vocab)
-        self.ids = np.full(max(codes.max() + 2, 256), unknown)  # by code point; the last stands for all beyond
+        self.ids = np.full(max(codes.max() + 2, 128), unknown)  # by code point, ASCII in any case; the last: all beyond
         self.ids[codes] = np.arange(len(chars))
 
     def encode(self, text, special=False):
@@ -487,7 +487,7 @@ def read_file(f, path):
             text = rest + text
             cut = max((m.start() for m in CUT.finditer(text, max(0, len(text) - 1000))), default=0)
             if not cut and len(text) > LONGEST:
-                cut = len(text)
+                cut = max((m.start() for m in CUT.finditer(text)), default=len(text))
             yield text[:cut], False
             rest = text[cut:]
         yield rest, True
@@ -500,7 +500,7 @@ def prepare(dataset, source='', tokenizer='', vocab_size=4096, val_fraction=0.0,
     """Write train.bin, val.bin and meta.json for a dataset: a row of DATASETS or any other text. Returns meta."""
     row, folder = DATASETS.get(dataset, {}), os.path.join(DATA, dataset)
     if row and source not in ('', row['source']):
-        raise UserError(f'dataset={dataset!r} has a text of its own: give another for {source} with --dataset=NAME')
+        raise UserError(f'dataset={dataset!r} has a text of its own: give {source} another name with --dataset=NAME')
     source, tokenizer = source or row.get('source'), tokenizer or row.get('tokenizer', 'gpt2')
     val_fraction = val_fraction or row.get('val_fraction', 0.1)
     if not source:

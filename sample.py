@@ -32,7 +32,7 @@ seed = 1337            # another seed, another text
 device = 'auto'        # 'cpu', 'cuda', 'cuda:1', 'mps'; auto: the best there is
 dtype = 'auto'         # of weights and arithmetic: 'float32', 'bfloat16', 'float16'; auto: what the device is good at
 quantize = ''          # 'int8': the matrices in 8 bits, which on a CPU are read faster still
-compile = 'auto'       # torch.compile: True, False; auto: on CUDA or a CPU if so much is to be written that it pays
+compile = 'auto'       # torch.compile: True, False; auto: where so much is to be written that it pays, and for int8
 
 
 class Writer:
@@ -83,7 +83,9 @@ if __name__ == '__main__':
         model.quantize()
     model.to(device, getattr(torch, dtype)).eval()
     if settings['compile'] == 'auto':  # it takes half a minute and saves up to half of what reading the weights takes
-        compile = quantize != '' or max_new_tokens * sum(p.nbytes for p in model.parameters()) > 2e12
+        to_read = max_new_tokens * sum(p.nbytes for p in model.parameters())
+        compile = device != 'mps' and (quantize != '' or to_read > 2e12)
+        torch._dynamo.config.suppress_errors = True  # where it cannot be compiled, go on without
     tok = get_tokenizer(checkpoint['tokenizer'])
     trained = f"step {checkpoint['iter_num']}, val loss {checkpoint['best_val_loss']:.4f}, "
     print(f"{checkpoint['path']}: {trained if checkpoint['config'] else ''}{model.num_params():,} parameters, "

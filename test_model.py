@@ -1414,7 +1414,7 @@ def bad(tmp_path_factory, run, data):
     ('train.py', '--init_from={run}/best.pt --block_size=64', 'block_size=64, but .* has 16 positions'),
     ('train.py', '--init_from={run}/best.pt --dataset={bad}/other', 'has another tokenizer'),
     ('train.py', '--init_from=resume --out_dir={run} --block_size=8', 'block_size=8, but .* has 16 positions'),
-    ('train.py', '--init_from=resume --out_dir={run} --optimizer=muon', "='muon', but .* the moments of adamw"),
+    ('train.py', '--init_from=resume --out_dir={run} --optimizer=muon', "='muon', but .* trained with adamw"),
     ('train.py', '--out_dir={bad}/file', "file' cannot be written to .*File exists"),
     ('prepare.py', '--dataset={tmp}/x --source={bad}/file', 'is empty'),
     ('prepare.py', '--source={bad}/other.txt', 'has a text of its own'),

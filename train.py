@@ -59,7 +59,7 @@ optimizer = 'adamw'            # 'adamw'; 'muon': torch.optim.Muon for the block
 learning_rate = 6e-4           # at its highest
 max_iters = 600000             # steps to train
 weight_decay = 1e-1            # of matrices; vectors never decay
-beta1 = 0.9                    # how long AdamW remembers gradients
+beta1 = 0.9                    # how long gradients are remembered
 beta2 = 0.95                   # and their squares
 grad_clip = 1.0                # longest gradient; 0: any
 decay_lr = True                # False: constant, with no warmup either
@@ -308,9 +308,9 @@ if __name__ == '__main__':
         iter_num, best_val_loss = checkpoint['iter_num'], checkpoint['best_val_loss']
         # the moments of that run, with the settings that this one was given
         if checkpoint['optimizer'].keys() != optimizers.keys():
-            raise UserError(f"optimizer={optimizer!r}, but {path} has the moments of "
-                            f"{' and '.join(checkpoint['optimizer'])}: keep to that, or start from its weights with "
-                            f'--init_from={path}')
+            theirs = list(checkpoint['optimizer'])[-1]
+            raise UserError(f'optimizer={optimizer!r}, but {path} was trained with {theirs}: use --optimizer={theirs}, or '
+                            f'start anew from its weights with --init_from={path}')
         for name, opt in optimizers.items():
             opt.load_state_dict(opt.state_dict() | dict(state=checkpoint['optimizer'][name]['state']))
         if checkpoint['scaler']:
@@ -326,7 +326,7 @@ if __name__ == '__main__':
 
     # raw_model owns the weights and is saved, fast is perhaps compiled and is evaluated, model is trained
     flops_per_step = raw_model.flops_per_token() * tokens_per_step
-    if config['compile'] == 'auto' and device_type == 'cpu':  # it takes 20 s and saves a seventh, so not for 10 minutes
+    if config['compile'] == 'auto' and device_type == 'cpu':  # it takes 20 s and saves a seventh of 10 minutes or more
         compile = flops_per_step * max_iters / world > 1e14
     fast = compiled(raw_model) if compile else raw_model
     model = parallel(fast)
@@ -338,6 +338,7 @@ if __name__ == '__main__':
         if problem:
             say(f'{problem}: going on without it')
             torch.compiler.set_stance('force_eager')
+            model = parallel(fast)  # a reducer that was left in the middle of a step is of no use
     peak = peak_flops(device, dtype)
     say(f'{raw_model.num_params():,} parameters on {device} in {dtype}, {world} process{"es" * (world > 1)}, '
         f'{tokens_per_step:,} tokens a step, {meta["train_tokens"] / tokens_per_step:,.1f} steps an epoch')
@@ -419,8 +420,9 @@ if __name__ == '__main__':
         lr = learning_rate
         if decay_lr:
             lr = get_lr(iter_num, learning_rate, warmup_iters, lr_hold_iters, lr_decay_iters, min_lr, lr_schedule)
-        for group in (group for opt in optimizers.values() for group in opt.param_groups):
-            group['lr'] = lr
+        for opt in optimizers.values():
+            for group in opt.param_groups:
+                group['lr'] = lr
         if dropout:  # what is dropped in a step depends on the step alone, so a resumed run goes on as if never stopped
             torch.manual_seed(int(np.random.SeedSequence((seed, iter_num, rank)).generate_state(1)[0]))
         loss, norm = train_step(model, optimizers, scaler, ready, grad_clip, autocast)
