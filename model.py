@@ -411,8 +411,8 @@ def from_nanogpt(checkpoint, path, data):
                             f'but there is no meta.pkl with as many: copy its folder to {ours}')
     weights = {name.removeprefix('_orig_mod.'): w for name, w in checkpoint['model'].items()
                if not name.endswith('.attn.bias')}
-    moments = dict(optimizer=dict(adamw=checkpoint['optimizer'])) if 'optimizer' in checkpoint else {}
-    return dict(model=weights, best_val_loss=float(checkpoint['best_val_loss']), scaler={}, tokenizer=tokenizer, **moments)
+    rest = dict(optimizer=dict(adamw=checkpoint['optimizer'])) if 'optimizer' in checkpoint else {}
+    return dict(model=weights, best_val_loss=float(checkpoint['best_val_loss']), scaler={}, tokenizer=tokenizer, **rest)
 
 
 def load_pretrained(source):

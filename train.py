@@ -309,8 +309,8 @@ if __name__ == '__main__':
         # the moments of that run, with the settings that this one was given
         if checkpoint['optimizer'].keys() != optimizers.keys():
             theirs = list(checkpoint['optimizer'])[-1]
-            raise UserError(f'optimizer={optimizer!r}, but {path} was trained with {theirs}: use --optimizer={theirs}, or '
-                            f'start anew from its weights with --init_from={path}')
+            raise UserError(f'optimizer={optimizer!r}, but {path} was trained with {theirs}: use --optimizer={theirs}, '
+                            f'or start anew from its weights with --init_from={path}')
         for name, opt in optimizers.items():
             opt.load_state_dict(opt.state_dict() | dict(state=checkpoint['optimizer'][name]['state']))
         if checkpoint['scaler']:

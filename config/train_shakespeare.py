@@ -28,11 +28,11 @@ else:
     block_size = 128         # 4 windows of 256 tokens take longer and learn less
     n_layer, n_head, n_embd = 3, 4, 128  # a fourth layer or more width learns less in the same time
     rope = qk_norm = relu2 = True
-    if device == 'mps' or torch.backends.mps.is_available() or torch.cpu._is_avx512_bf16_supported():
+    if torch.cpu._is_avx512_bf16_supported():
         optimizer = 'muon'
         learning_rate = 4e-3
         weight_decay = 0.4   # much, for the text is short: 0.2 and 0.8 are worse
-    else:                    # Muon computes in bfloat16, which takes forever on a CPU that has to emulate it
+    else:                    # Muon computes in bfloat16, which takes long on a CPU that has to emulate it
         learning_rate = 2e-3
     lr_schedule = 'linear'   # to zero, where the loss falls fastest at the end
     warmup_iters = 30
