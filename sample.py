@@ -85,7 +85,8 @@ if __name__ == '__main__':
     if settings['compile'] == 'auto':  # it takes half a minute and saves up to half of what reading the weights takes
         to_read = max_new_tokens * sum(p.nbytes for p in model.parameters())
         compile = device != 'mps' and (quantize != '' or to_read > 2e12)
-        torch._dynamo.config.suppress_errors = True  # where it cannot be compiled, go on without
+        if compile:
+            torch._dynamo.config.suppress_errors = True  # where it cannot be compiled, go on without
     tok = get_tokenizer(checkpoint['tokenizer'])
     trained = f"step {checkpoint['iter_num']}, val loss {checkpoint['best_val_loss']:.4f}, "
     print(f"{checkpoint['path']}: {trained if checkpoint['config'] else ''}{model.num_params():,} parameters, "
