@@ -215,7 +215,8 @@ def generating(model, rival, batch_size, prompt, new_tokens, repeats, device, dt
                 token.tolist()
             rest.append(time.perf_counter() - begin - first[-1])
     work()
-    first.clear(), rest.clear()
+    first.clear()
+    rest.clear()
     seconds = seconds_of(work, repeats, device_type)
     median, total, bandwidth = statistics.median(seconds), new_tokens * batch_size, read_rate(device)
     lines = [f'{batch_size} x {new_tokens} tokens after {prompt}, {dtype}, compile={compile}',
