@@ -135,8 +135,8 @@ def keep_memory():
 def resolve(device, dtype, compile=False, width=0):
     """Settle what depends on the machine: returns (device, dtype, compile), each as asked for or, where 'auto', chosen.
 
-    device: cuda, then mps, then cpu. dtype: bfloat16 where a GPU has it natively, or a CPU that has a model of so many
-    channels (width) to compute that it is faster; float16 on older CUDA cards, float32 elsewhere. compile: on CUDA."""
+    device: cuda, then mps, then cpu. dtype: bfloat16 where a GPU has it natively, or where a CPU has and the model is so
+    wide that it is faster; float16 on older CUDA cards, float32 elsewhere. compile: on CUDA."""
     import torch
     present = {'cuda': torch.cuda.device_count() if torch.cuda.is_available() else 0,
                'mps': int(torch.backends.mps.is_available()), 'cpu': 1}
@@ -156,7 +156,7 @@ def resolve(device, dtype, compile=False, width=0):
         torch.set_num_threads(max(1, os.cpu_count() // int(os.environ['LOCAL_WORLD_SIZE'])))
     if dtype == 'auto':
         dtype = 'float32'
-        if kind == 'cpu' and width >= 512 and torch.cpu._is_avx512_bf16_supported():
+        if kind == 'cpu' and width >= 256 and torch.cpu._is_avx512_bf16_supported():
             dtype = 'bfloat16'
         if kind == 'cuda':  # a T4 claims bfloat16 but only emulates it, hence the argument
             dtype = 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
