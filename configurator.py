@@ -135,8 +135,8 @@ def keep_memory():
 def resolve(device, dtype, compile=False, width=0):
     """Settle what depends on the machine: returns (device, dtype, compile), each as asked for or, where 'auto', chosen.
 
-    device: cuda, then mps, then cpu. dtype: bfloat16 where a GPU has it natively, or where a CPU has and the model is so
-    wide that it is faster; float16 on older CUDA cards, float32 elsewhere. compile: on CUDA."""
+    device: cuda, then mps, then cpu. dtype: bfloat16 where a GPU has it natively, or where a CPU has and the model is
+    so wide that it is faster; float16 on older CUDA cards, float32 elsewhere. compile: on CUDA."""
     import torch
     present = {'cuda': torch.cuda.device_count() if torch.cuda.is_available() else 0,
                'mps': int(torch.backends.mps.is_available()), 'cpu': 1}
