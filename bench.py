@@ -130,7 +130,7 @@ def name_of(device):
     return f'{device}, {torch.get_num_threads()} threads'
 
 
-def their_model(folder, config, dtype):
+def their_model(folder, config):
     """nanoGPT's model of the same shape."""
     spec = importlib.util.spec_from_file_location('nanogpt_model', os.path.join(folder, 'model.py'))
     module = importlib.util.module_from_spec(spec)
@@ -149,7 +149,7 @@ def training(model, rival, batch_size, block_size, optimizer, warmup, steps, rep
     flops, vocab_size = model.flops_per_token(), model.config.vocab_size
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
     if rival:
-        model = their_model(rival, model.config, dtype).to(device)
+        model = their_model(rival, model.config).to(device)
         dtype = dtype if device_type == 'cuda' else 'float32'  # all that its train.py does elsewhere
         with contextlib.redirect_stdout(io.StringIO()):
             optimizers = dict(adamw=model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device_type))
@@ -192,7 +192,7 @@ def generating(model, rival, batch_size, prompt, new_tokens, repeats, device, dt
             vocab_size=config.vocab_size, n_positions=config.block_size, n_embd=config.n_embd, n_layer=config.n_layer,
             n_head=config.n_head, bos_token_id=0, eos_token_id=0))
     elif rival:
-        model = their_model(rival, config, dtype)
+        model = their_model(rival, config)
     if rival:
         model.to(device, getattr(torch, dtype)).eval()
     weights = sum(p.nbytes for name, p in model.named_parameters() if '.wpe' not in name)
@@ -399,6 +399,8 @@ if __name__ == '__main__':
           'steps > 0', 'repeats > 0', 'seed >= 0', 'stride >= 0', 'prompt > 0', 'new_tokens > 0', 'megabytes > 0',
           "optimizer in ('adamw', 'muon')", "quantize in ('', 'int8')",
           "tokenizer in ('', 'char', 'gpt2', 'bpe')")
+    if quantize and task == 'train':
+        raise UserError(f'quantize={quantize}: weights of 8 bits cannot be trained, leave it out')
     if task in ('hellaswag', 'loss') and not init_from:
         raise UserError(f'task={task} needs a trained model: --init_from=gpt2, or the folder of a run')
     if task == 'loss' and not source:

@@ -79,6 +79,10 @@ if __name__ == '__main__':
     checkpoint = load_checkpoint(out_dir if init_from == 'resume' else init_from)
     device, dtype, compile = resolve(device, dtype, compile)
     model = GPT.from_checkpoint(checkpoint, dropout=0.0)
+    tok = get_tokenizer(checkpoint['tokenizer'])
+    trained = f"step {checkpoint['iter_num']}, val loss {checkpoint['best_val_loss']:.4f}, "
+    print(f"{checkpoint['path']}: {trained if checkpoint['config'] else ''}{model.num_params():,} parameters, "
+          f'on {device} in {dtype}', file=sys.stderr)
     if quantize:
         model.quantize()
     model.to(device, getattr(torch, dtype)).eval()
@@ -87,10 +91,6 @@ if __name__ == '__main__':
         compile = device != 'mps' and (quantize != '' or to_read > 2e12)
         if compile:
             torch._dynamo.config.suppress_errors = True  # where it cannot be compiled, go on without
-    tok = get_tokenizer(checkpoint['tokenizer'])
-    trained = f"step {checkpoint['iter_num']}, val loss {checkpoint['best_val_loss']:.4f}, "
-    print(f"{checkpoint['path']}: {trained if checkpoint['config'] else ''}{model.num_params():,} parameters, "
-          f'on {device} in {dtype}', file=sys.stderr)
 
     prompt = read_start(start)
     ids = tok.encode(prompt, special=True).tolist()
