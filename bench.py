@@ -19,6 +19,7 @@ import itertools
 import json
 import math
 import os
+import re
 import runpy
 import shutil
 import statistics
@@ -36,7 +37,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from configurator import UserError, check, configure, keep_memory, optional, resolve
 from model import GPT, GPTConfig, load_checkpoint
 from prepare import DATA, SHAKESPEARE, Progress, download, get_tokenizer, load_dataset, locate, prepare, read
-from train import autocast_for, compile_problem, compiled, peak_flops, train_step
+from train import autocast_for, backward, compile_problem, compiled, peak_flops, update
 
 task = 'train'     # train: a training step; generate; prepare: tokenizing; hellaswag and loss: how good a model is
 vs = ''            # measure a checkout of nanoGPT in this folder too, or for generate 'transformers', and the ratio
@@ -156,7 +157,7 @@ def training(model, rival, batch_size, block_size, optimizer, warmup, steps, rep
         fast = torch.compile(model) if compile else model
     else:
         optimizers = model.configure_optimizers(optimizer, 0.1, 6e-4, (0.9, 0.95))
-        fast = compiled(model) if compile else model
+        fast = compiled(model, device == 'cpu') if compile else model
     if world > 1:
         fast = DDP(fast, [device] if device_type == 'cuda' else None, gradient_as_bucket_view=True)
     batch, autocast = torch.randint(vocab_size, (2, batch_size, block_size), device=device), autocast_for(device, dtype)
@@ -165,7 +166,7 @@ def training(model, rival, batch_size, block_size, optimizer, warmup, steps, rep
 
     def work(count=steps):
         for _ in range(count):
-            train_step(fast, optimizers, scaler, [batch], 1.0, autocast)
+            update(fast, optimizers, scaler, backward(fast, optimizers, scaler, [batch], 1.0, autocast)[1])
     work(warmup)
     seconds = [s / steps for s in seconds_of(work, repeats, device_type)]
     memory, median, tokens = peak_memory(device_type), statistics.median(seconds), batch_size * block_size * world
@@ -405,6 +406,8 @@ if __name__ == '__main__':
         raise UserError(f'task={task} needs a trained model: --init_from=gpt2, or the folder of a run')
     if task == 'loss' and not source:
         raise UserError('task=loss needs a text: --source=FILE')
+    if source and not re.match('https?://', source) and not os.path.exists(source):
+        raise UserError(f'source={source!r}: no such file or folder')
     if vs:
         if task in ('hellaswag', 'loss'):
             raise UserError(f'vs={vs}: this is for the tasks train, generate and prepare')

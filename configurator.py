@@ -23,10 +23,16 @@ TRUTH = {'True': True, 'true': True, '1': True, 'False': False, 'false': False, 
 class UserError(Exception):
     """A mistake that the user can mend: the message names the setting or file, both values, and the remedy."""
 
+    def __str__(self):
+        return ' '.join(super().__str__().split())  # one line, whatever it quotes
+
 
 def _one_line(kind, error, trace):
     if issubclass(kind, KeyboardInterrupt):
         sys.exit(130)
+    if 'RANK' in os.environ and (kind.__name__.startswith('Dist') or re.search('gloo|NCCL', str(error))):
+        kind, error = UserError, (f"process {os.environ['RANK']} has lost another one, which may have said why "
+                                  f'({str(error).splitlines()[0]})')
     if not issubclass(kind, (UserError, OSError)):  # an OSError names its file: permission, disk full, ...
         return sys.__excepthook__(kind, error, trace)
     print(f'error: {error}', file=sys.__stderr__)  # the real one: torch.distributed puts its own in place for a while

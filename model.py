@@ -13,12 +13,15 @@ import math
 import os
 import re
 import sys
+import zipfile
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
 from configurator import UserError, check, configure, optional
 from prepare import DATA, HUB, BPETokenizer, download, get_tokenizer, nanogpt_tokenizer, read_json
@@ -161,6 +164,7 @@ def call(module, *inputs):
 
 class GPT(nn.Module):
     """Token ids in, for every position a score for each possible next token out."""
+    recompute = False  # True: the backward pass computes blocks again instead of keeping all of their insides
 
     def __init__(self, config):
         super().__init__()
@@ -197,6 +201,8 @@ class GPT(nn.Module):
         else:
             x = x + self.transformer.wpe(position)
         x = self.transformer.drop(x)
+        if self.recompute and torch.is_grad_enabled():
+            run = partial(activation_checkpoint, use_reentrant=False)
         for i, block in enumerate(self.transformer.h):
             x = run(block, x, rotation, None if cache is None else cache[i], position, mask)
         return self.transformer.ln_f(x)
@@ -381,14 +387,20 @@ def load_checkpoint(source, *more, data=None):
                         f'{", ".join(PRETRAINED)}, or train a model: python train.py config/train_shakespeare.py')
     with open(path, 'rb') as f:
         try:
+            if zipfile.is_zipfile(f) and (part := zipfile.ZipFile(f).testzip()):
+                raise ValueError(f'{part} is not what was saved')
+            f.seek(0)
             checkpoint = torch.load(f, map_location='cpu', weights_only=True)
             if 'tokenizer' not in checkpoint:
                 checkpoint.update(from_nanogpt(checkpoint, path, data))
         except UserError:
             raise
         except Exception as error:  # torch.load has many ways to say that a file is damaged
-            raise UserError(f'{path} is damaged or not a checkpoint ({type(error).__name__}): take another, such as '
-                            'best.pt or what an earlier-... folder beside it holds') from error
+            folder = glob.escape(os.path.dirname(path) or '.')
+            others = {*glob.glob(f'{folder}/*.pt'), *glob.glob(f'{folder}/earlier-*/*.pt')} - {path, f'./{path}'}
+            reason = f'{type(error).__name__}: {" ".join(str(error).split())[:80]}'
+            raise UserError(f'{path} is damaged or not a checkpoint ({reason}): to start from, there is '
+                            f'{", ".join(sorted(others)) or "no other beside it"}') from error
     kinds = dict(model=dict, model_args=dict, tokenizer=dict, config=dict, iter_num=int, best_val_loss=float)
     wrong = [key for key, kind in (kinds | dict.fromkeys(more, dict)).items()
              if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(key), kind)]
@@ -548,6 +560,8 @@ def to_huggingface(checkpoint, folder):
         files.update(tok.huggingface())
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, 'model.safetensors')
+    if os.path.exists(path):
+        raise UserError(f'{path} is there already: choose another export_dir, or remove it')
     with open(path + '.tmp', 'wb') as f:
         f.write(len(header).to_bytes(8, 'little') + header)
         for tensor in tensors.values():
@@ -571,6 +585,9 @@ def to_onnx(model, path):
 # ---------------------------------------------------------------------------------------------------------------------
 # What running this file prints.
 
+CARDS = 8, 12, 16, 24, 40, 48, 80, 141, 192  # GB that GPUs have
+
+
 def explain(config, batch_size, dtype):
     """Print every module of a model with what it does, its output's shape, parameters and forward FLOPs; then totals
     and the memory that training takes. Fake tensors have shapes but no numbers, so that any size is instant."""
@@ -584,17 +601,22 @@ def explain(config, batch_size, dtype):
         saved[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
+    def activations(recompute):
+        saved.clear()
+        model.recompute = recompute
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), \
+                torch.autocast('cpu', getattr(torch, dtype), enabled=dtype != 'float32'):
+            model(idx, idx)
+        weights = {p.untyped_storage()._cdata for p in model.parameters()}
+        return sum(t.untyped_storage().nbytes() for key, t in saved.items() if key not in weights)
+
     with FakeTensorMode():
         model = GPT(config)
         for name, module in model.named_modules():
             if name.split('.')[-1] in what:
                 module.register_forward_hook(lambda module, _, out, name=name: shapes.update({name: tuple(out.shape)}))
         idx = torch.zeros(batch_size, config.block_size, dtype=torch.long)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), \
-                torch.autocast('cpu', getattr(torch, dtype), enabled=dtype != 'float32'):
-            model(idx, idx)
-        weights = {p.untyped_storage()._cdata for p in model.parameters()}
-        activations = sum(t.untyped_storage().nbytes() for key, t in saved.items() if key not in weights)
+        kept, outside = activations(False), activations(True)
 
     print(f'{"module":<30}{"what it does":<30}{"output":<22}{"parameters":>14}{"forward GFLOPs":>16}')
     tokens = batch_size * config.block_size
@@ -610,12 +632,21 @@ def explain(config, batch_size, dtype):
             print(f'{name:<30}{what[name.split(".")[-1]]:<30}{str(shapes[name]):<22}'
                   f'{"tied to wte" if tied else f"{parameters:,}":>14}{flops / 1e9:>16,.3f}')
     n = model.num_params()
-    memory = {'weights': 4 * n, 'gradients': 4 * n, 'AdamW': 8 * n, 'activations': activations}
     print(f'\nparameters {n:,}; to train on one token takes {model.flops_per_token() / 1e9:,.3f} GFLOPs, '
           f'on a batch of {batch_size} x {config.block_size} {model.flops_per_token() * tokens / 1e12:,.3f} TFLOPs')
-    print(f'memory to train on that batch in {dtype}, at least, in MB: '
-          + ' + '.join(f'{what} {size / 1e6:,.1f}' for what, size in memory.items())
-          + f' = {sum(memory.values()) / 1e6:,.1f}')
+
+    inside = (kept - outside) / config.n_layer  # with activation_checkpointing: of one block, and what enters each
+    fewer = outside + inside + 4 * tokens * config.n_embd * config.n_layer
+    block = sum(p.numel() for p in model.transformer.h[0].parameters())
+    gathered = 4 * (n - config.n_layer * block) + 2 * (4 if dtype == 'float32' else 2) * block
+    print(f'{f"memory to train on that batch in {dtype}, at least, in MB":<62}{"weights":>9}{"gradients":>11}'
+          f'{"AdamW":>9}{"activations":>13}{"together":>10}  fits into')
+    for gpus, kind in ((1, 'one GPU, or each with ddp'), (8, 'each of 8 with fsdp'), (64, 'each of 64 with fsdp')):
+        for what, size in (('', kept), (', activation_checkpointing', fewer)):
+            memory = [4 * n / gpus + gathered * (gpus > 1), 4 * n / gpus, 8 * n / gpus, size]
+            card = next((f'{gb} GB' for gb in CARDS if sum(memory) < 0.9e9 * gb), 'no card')
+            print(f'{kind + what:<62}' + ''.join(f'{m / 1e6:>{width},.0f}' for m, width in zip(
+                (*memory, sum(memory)), (9, 11, 9, 13, 10), strict=True)) + f'  {card}')
 
 
 if __name__ == '__main__':
@@ -629,6 +660,8 @@ if __name__ == '__main__':
     check(settings, 'batch_size > 0', "dtype in ('float32', 'bfloat16')")
     config = GPTConfig(**{k: v for k, v in settings.items() if k in vars(GPTConfig())})
     if export_dir or export_onnx:
+        if not init_from:
+            raise UserError('to export a model it has to be named: --init_from=out-mine, say')
         checkpoint = load_checkpoint(init_from)
         if export_dir:
             to_huggingface(checkpoint, export_dir)

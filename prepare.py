@@ -172,6 +172,14 @@ class SentencePieceTokenizer:
 
 def get_tokenizer(spec):
     """The tokenizer that a spec (in meta.json and in every checkpoint) describes, all of it."""
+    try:
+        return make_tokenizer(spec)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
+        raise UserError(f'the tokenizer in meta.json or in the checkpoint is damaged ({type(error).__name__}: '
+                        f'{" ".join(str(error).split())[:80]}): prepare the dataset again') from None
+
+
+def make_tokenizer(spec):
     import tiktoken
     if spec['type'] == 'char':
         return CharTokenizer(spec['chars'])
@@ -357,12 +365,20 @@ def download(urls, digest=None, check=None):
             pool.shutdown(cancel_futures=True)
 
 
+def check_secure(url):
+    if not re.match(r'https://|http://(127\.0\.0\.1|localhost)[:/]', url):
+        raise UserError(f'{url}: over http anybody on the way can change a file: use https')
+
+
 def fetch(url, part, tally, stop):
     """One try to complete the file part. Returns the sha256 that Hugging Face says it has, or None. What may go right
     the next time is raised as a ConnectionError."""
+    check_secure(url)
     have = os.path.getsize(part) if os.path.exists(part) else 0
     headers = {'Accept-Encoding': 'identity', 'Range': f'bytes={have}-'}
     with requests.get(url, headers=headers, stream=True, timeout=(10, 60)) as reply:
+        for hop in (*reply.history, reply):
+            check_secure(hop.url)
         code, span = reply.status_code, reply.headers.get('Content-Range', '')
         if code in (408, 429) or code >= 500:
             raise requests.ConnectionError(f'the server answered {code}')
@@ -557,7 +573,7 @@ def prepare(dataset, source='', tokenizer='', vocab_size=4096, val_fraction=0.0,
     for path in paths:
         os.replace(path + '.tmp', path)
     print(f'{folder}: {n - n_val:,} tokens to train on, {n_val:,} for validation'
-          + (f' (the last {held_out} of {len(starts) + 1} documents)' if held_out else '')
+          + (f' (the last {held_out} of {len(starts) + 1} documents)' if n - n_val in starts else '')
           + f', vocabulary {tok.n_vocab:,} ({tokenizer}), {dtype.name}')
     return facts
 
@@ -635,6 +651,8 @@ def load_dataset(dataset, scan=True):
             raise ValueError('a count that is not a whole number')
         if dtype != ('uint8' if n_vocab <= 256 and not nanogpt else 'uint16'):
             raise ValueError(f'{n_vocab} ids are not kept in {dtype}')
+        if meta['tokenizer']['type'] in ('char', 'bpe') and get_tokenizer(meta['tokenizer']).n_vocab != n_vocab:
+            raise ValueError(f'the tokenizer has not {n_vocab} ids')
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f'{path} is damaged ({type(error).__name__}: {error}): {again}') from None
     for split, bin in bins.items():

@@ -76,6 +76,7 @@ if __name__ == '__main__':
     if hasattr(signal, 'SIGPIPE'):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # sample.py | head ends quietly
 
+    prompt = read_start(start)
     checkpoint = load_checkpoint(out_dir if init_from == 'resume' else init_from)
     device, dtype, compile = resolve(device, dtype, compile)
     model = GPT.from_checkpoint(checkpoint, dropout=0.0)
@@ -92,7 +93,6 @@ if __name__ == '__main__':
         if compile:
             torch._dynamo.config.suppress_errors = True  # where it cannot be compiled, go on without
 
-    prompt = read_start(start)
     ids = tok.encode(prompt, special=True).tolist()
     if not ids:  # a model has to start from something: the end of the text before, or the first character, the newline
         ids = [tok.eot or 0]

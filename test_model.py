@@ -404,6 +404,25 @@ def test_tokenizers_round_trip(bpe_spec, gpt2_files):
             assert len(tok.encode('<|endoftext|>')) > 1  # in data it is text like any other
 
 
+def test_any_prompt_comes_back_or_is_refused(bpe_spec, gpt2_files):
+    """3,000 random texts of all of Unicode, half characters from a terminal and blanks included."""
+    rng, refused = np.random.default_rng(0), 0
+    toks = [get_tokenizer(spec) for spec in (dict(type='char', chars='\n abcé中'), bpe_spec, dict(type='gpt2'))]
+    for number in range(3000):
+        kinds = [range(32, 127), range(0x110000), [32, 10, 9, 13, 0xa0], range(0xdc80, 0xdd00), range(97, 100)]
+        some = [kinds[k] for k in rng.integers(5, size=rng.integers(1, 30))]
+        text = ''.join(chr(kind[rng.integers(len(kind))]) for kind in some)
+        try:
+            tok = toks[number % 3]
+            ids = tok.encode(text, special=True)
+            assert ids.max() < tok.n_vocab
+            assert tok.decode_bytes(ids).decode() == text.encode('utf-8', 'replace').decode()
+        except UserError as error:
+            refused += 1
+            assert '\n' not in str(error) and number % 3 == 0
+    assert refused > 500
+
+
 def test_gpt2_tokens_are_gpt2s(gpt2_files):
     transformers = pytest.importorskip('transformers')
     vocab = json.loads((gpt2_files / 'encoder.json').read_text())
@@ -877,6 +896,35 @@ def test_mutated_files_end_in_an_error_or_a_model(tmp_path):
     assert refused > 9000 and grown * (1 if sys.platform == 'darwin' else 1024) < 500e6
 
 
+def test_mutated_datasets_are_refused_or_whole(data, bpe_spec, tmp_path):
+    """2,000 times something else is in meta.json or in a bin, which is also longer or shorter: what is accepted can be
+    trained on and decoded, all else is refused in one line."""
+    rng, folder, refused = np.random.default_rng(0), tmp_path / 'set', 0
+    char = json.loads((data / 'meta.json').read_text())
+    char |= dict(train_tokens=500, val_tokens=50)
+    bpe = char | dict(tokenizer=bpe_spec, vocab_size=657, dtype='uint16')
+    metas = [json.dumps(meta).encode() for meta in (char, bpe)]
+    ids, val = np.fromfile(data / 'train.bin', np.uint8)[:500], np.fromfile(data / 'val.bin', np.uint8)[:50]
+    folder.mkdir()
+    for number, meta in enumerate([*mutations(metas[0], 1, 1000), *mutations(metas[1], 2, 600), *[metas[0]] * 400]):
+        dtype = np.uint16 if 1000 <= number < 1600 else np.uint8
+        bin = next(mutations(ids.tobytes(), number, 1)) if number >= 1600 else ids.astype(dtype).tobytes()
+        (folder / 'train.bin').write_bytes(bin)
+        val.astype(dtype).tofile(folder / 'val.bin')
+        (folder / 'meta.json').write_bytes(meta)
+        try:
+            found, bins = load_dataset(str(folder))
+            tok = get_tokenizer(found['tokenizer'])
+            x, _ = get_windows(bins['train'], found['dtype'], rng.integers(480, size=4), 16, 'cpu')
+            assert x.max() < found['vocab_size']
+            tok.decode_bytes(x[0].tolist())
+            tok.encode('the')
+        except UserError as error:
+            refused += 1
+            assert '\n' not in str(error), number
+    assert refused > 1000
+
+
 @pytest.mark.parametrize('name', ['ckpt.pt', 'old.pt', 'meta.pkl', 'memo.pkl', 'deep.pkl', 'word.pkl'])
 def test_files_with_code_or_bombs_in_them_are_refused(name, tmp_path, monkeypatch):
     """What a pickle asks for is not done: no call, no gigabytes, no endless nesting."""
@@ -1072,6 +1120,27 @@ def test_override_files(tmp_path):
         assert str(file) in str(error.value)
 
 
+def test_any_command_line_is_understood_or_refused(tmp_path):
+    """5,000 random ones, override files among them: settings keep their types, or one line says what is wrong."""
+    rng, right = np.random.default_rng(0), 0
+    names = ['iters', 'rate', 'flag', 'name', 'compile', 'itters', '', '-', 'é', 'import', '__file__', ' rate']
+    values = ['1', '-0', '1e3', '1e999', 'nan', '9' * 400, '1_0', '0x10', 'True', 'auto', '', ' ', '=', '\n', '\udcff',
+              '\x00', "'", '٣', '½', 'None', '[]', '1j']
+    shapes = ['--{}={}', '--{} {}', '{}={}', '-{}={}', '--{}', '{}', '--{}=={}']
+    for number in range(5000):
+        args = [rng.choice(shapes).format(rng.choice(names), rng.choice(values)) for _ in range(rng.integers(4))]
+        if number % 5 == 0:
+            (tmp_path / 'file.py').write_text(f'{rng.choice(names)} = {rng.choice(values)}', 'utf-8', 'replace')
+            args.append(str(tmp_path / 'file.py'))
+        try:
+            settings = configured(*args)
+            assert [type(settings[k]) for k in ('iters', 'rate', 'flag', 'name')] == [int, float, bool, str], args
+            right += 1
+        except UserError as error:
+            assert '\n' not in str(error), args
+    assert 500 < right < 4500
+
+
 def test_help_and_errors_of_a_real_command():
     """--help shows each setting's default and comment; an error is one line on stderr and exit code 2."""
     shown = command('train.py', '--help')
@@ -1166,7 +1235,7 @@ def test_resume_does_as_it_is_told_and_never_saves_a_broken_model(run, data, tmp
     main('train.py', *args, '--max_iters=9', '--learning_rate=1', '--decay_lr=False')  # ruins it
     assert torch.load(tmp_path / 'out' / 'ckpt.pt', weights_only=True)['iter_num'] == 9
     assert (tmp_path / 'out' / 'best.pt').read_bytes() == best
-    with pytest.raises(UserError, match='a weight is (nan|inf) at step 12, and not saved'):
+    with pytest.raises(UserError, match='the val loss is nan at step 12: nothing was saved'):
         main('train.py', *args, '--max_iters=12', '--learning_rate=1e38', '--decay_lr=False', '--log_interval=100')
     assert torch.load(tmp_path / 'out' / 'ckpt.pt', weights_only=True)['iter_num'] == 9
 
@@ -1193,19 +1262,124 @@ def test_compiled_and_in_bfloat16(data, tmp_path, monkeypatch, capsys):
     assert 'torch.compile failed' in said and 'going on without it' in said and 'val loss' in said
 
 
-def test_two_processes_train_as_one(data, tmp_path):
-    """The same global batches, gradients averaged: the same losses, norms and evaluations, but for rounding."""
-    args = [*TINY, f'--dataset={data}', '--dropout=0.0', '--gradient_accumulation_steps=4']
-    assert command('train.py', *args, f'--out_dir={tmp_path / "one"}').returncode == 0
-    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
-    done = subprocess.run([*torchrun, HERE / 'train.py', *args, f'--out_dir={tmp_path / "two"}'], capture_output=True,
-                          text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    one, two = losses(tmp_path / 'one'), losses(tmp_path / 'two')
-    assert len(one) == len(two) == 9
-    for a, b in zip(one, two, strict=True):
+def start(script, *args, torchrun=(), **kwargs):
+    """Start a script as a user would, perhaps under torchrun; its output as it comes."""
+    launch = ['-m', 'torch.distributed.run', *torchrun] if torchrun else []
+    return subprocess.Popen([sys.executable, '-u', *launch, HERE / script, *args], stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True, **kwargs)
+
+
+def until(process, beginning):
+    """Read what a process says up to a line that begins so; returns all that."""
+    said = ''
+    for line in process.stdout:
+        said += line
+        if line.startswith(beginning):
+            return said
+    raise AssertionError(said)
+
+
+def same_losses(one, two, rel):
+    for a, b in zip(losses(one), losses(two), strict=True):
         assert [v is None for v in a] == [v is None for v in b]
-        assert [v for v in b if v is not None] == pytest.approx([v for v in a if v is not None], rel=1e-4)
+        assert [v for v in b if v is not None] == pytest.approx([v for v in a if v is not None], rel=rel)
+
+
+def test_a_run_moves_between_one_process_and_many(data, tmp_path):
+    """Two processes that share the model out (FSDP), stopped by SIGTERM; then four with a whole model each (DDP), also
+    stopped; then FSDP again, computing activations twice: the losses, norms and evaluations of one process."""
+    args = [*TINY, f'--dataset={data}', '--dropout=0.0', '--gradient_accumulation_steps=4', '--max_iters=40',
+            '--lr_decay_iters=40', '--optimizer=muon', '--eval_interval=10']
+    main('train.py', *args, f'--out_dir={tmp_path / "one"}')
+    args.append(f'--out_dir={tmp_path / "many"}')
+    fsdp = '--parallel=fsdp'
+    for count, more, step in ((2, [fsdp], 'iter 3'), (4, ['--init_from=resume'], 'iter 20'),
+                              (2, [fsdp, '--init_from=resume', '--activation_checkpointing=True'], 'best val')):
+        process = start('train.py', *args, *more, torchrun=('--standalone', f'--nproc_per_node={count}'))
+        said = until(process, step)
+        if step != 'best val':
+            process.send_signal(signal.SIGTERM)
+            assert 'stopped by SIGTERM at step' in process.stdout.read()
+        process.wait(60)
+    assert process.returncode == 0 and 'resuming' in said
+    same_losses(tmp_path / 'one', tmp_path / 'many', rel=1e-2)  # Muon computes in bfloat16
+    one, many = (torch.load(tmp_path / name / 'ckpt.pt', weights_only=True) for name in ('one', 'many'))
+    for name in ('adamw', 'muon'):
+        for ours, theirs in zip(*(c['optimizer'][name]['state'].values() for c in (one, many)), strict=True):
+            assert ours.keys() == theirs.keys() and all(ours[k].shape == theirs[k].shape for k in ours)
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='looks for processes in /proc')
+def test_a_killed_worker_brings_two_nodes_back_from_the_newest_checkpoint(run, data, tmp_path):
+    """Two agents of torchrun, one worker each, find each other on this machine; one worker is killed. An older run in
+    the same folder is not mistaken for this one's checkpoint."""
+    shutil.copytree(run, tmp_path / 'two')
+    args = [*TINY, f'--dataset={data}', '--dropout=0.0', '--max_iters=60', '--lr_decay_iters=60', '--eval_interval=10']
+    main('train.py', *args, f'--out_dir={tmp_path / "one"}')
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        endpoint = f'127.0.0.1:{s.getsockname()[1]}'
+    torchrun = ('--nnodes=2', '--nproc_per_node=1', '--rdzv_backend=c10d', f'--rdzv_endpoint={endpoint}',
+                '--rdzv_id=a', '--max_restarts=3')
+    env = dict(os.environ, TORCH_DISABLE_SHARE_RDZV_TCP_STORE='1')
+    nodes = [start('train.py', *args, f'--out_dir={tmp_path / "two"}', torchrun=torchrun, env=env) for _ in range(2)]
+    speaks = threading.Event()
+    def listen(node):
+        for line in node.stdout:
+            if line.startswith('iter 25:'):
+                speaks.set()
+    listeners = [threading.Thread(target=listen, args=(node,)) for node in nodes]
+    for listener in listeners:
+        listener.start()
+    assert speaks.wait(60)
+    children = Path(f'/proc/{nodes[0].pid}/task/{nodes[0].pid}/children').read_text().split()
+    os.kill(int(children[0]), signal.SIGKILL)
+    assert [node.wait(60) for node in nodes] == [0, 0]
+    for listener in listeners:
+        listener.join()
+    same_losses(tmp_path / 'one', tmp_path / 'two', rel=1e-4)
+    assert (tmp_path / 'two' / 'earlier-1' / 'ckpt.pt').read_bytes() == (run / 'ckpt.pt').read_bytes()
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='looks for processes in /proc')
+def test_a_process_that_is_lost_or_late_is_missed_in_one_line(data, tmp_path):
+    """The others end within the time-out, and say so, instead of waiting for ever or showing a traceback."""
+    args = [*TINY, f'--dataset={data}', f'--out_dir={tmp_path / "out"}', '--max_iters=100000', '--timeout=0.1']
+    process = start('train.py', *args, torchrun=('--standalone', '--nproc_per_node=2'))
+    until(process, 'iter 3')
+    children = Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()
+    os.kill(int(children[1]), signal.SIGSTOP)  # as if its machine had frozen
+    assert 'Timed out' in until(process, 'error: process 0 has lost another one')
+    os.kill(int(children[1]), signal.SIGKILL)
+    process.stdout.read()
+    assert process.wait(60) == 1
+
+
+@pytest.mark.storm
+def test_storm(data, tmp_path):
+    """50 kills at random moments: in the end the weights and the log are those of the run that was never killed."""
+    args = [*TINY, f'--dataset={data}', '--max_iters=3000', '--lr_decay_iters=3000', '--eval_interval=25',
+            '--optimizer=muon']
+    assert command('train.py', *args, f'--out_dir={tmp_path / "never"}').returncode == 0
+    args.append(f'--out_dir={tmp_path / "often"}')
+    newest, log = tmp_path / 'often' / 'ckpt.pt', tmp_path / 'often' / 'log.jsonl'
+    rng, kills, lost = np.random.default_rng(0), 0, []
+    while kills < 50:
+        resume = ['--init_from=resume'] * newest.exists()
+        process = subprocess.Popen([sys.executable, HERE / 'train.py', *args, *resume], stdout=subprocess.DEVNULL)
+        time.sleep(rng.uniform(2, 8))  # starting takes about 4 s
+        if process.poll() is None:
+            process.kill()
+            kills += 1
+        assert process.wait() in (0, -signal.SIGKILL)
+        if newest.exists():
+            seen = [json.loads(line)['iter'] for line in log.read_text().splitlines() if line.endswith('}')]
+            lost.append(max(seen, default=0) - load_checkpoint(str(newest))['iter_num'])
+    assert command('train.py', *args, '--init_from=resume').returncode == 0
+    never, often = (torch.load(tmp_path / name / 'ckpt.pt', weights_only=True) for name in ('never', 'often'))
+    assert all(torch.equal(often['model'][key], value) for key, value in never['model'].items())
+    assert losses(tmp_path / 'never') == losses(tmp_path / 'often')
+    print(f'\n{kills} kills survived, at most {max(lost)} steps lost, 0 checkpoints damaged')
 
 
 def test_a_new_run_never_destroys_an_older_one(run, data, tmp_path):
@@ -1217,14 +1391,80 @@ def test_a_new_run_never_destroys_an_older_one(run, data, tmp_path):
     assert torch.load(tmp_path / 'out' / 'ckpt.pt', weights_only=True)['iter_num'] == 2
 
 
-def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
-    """Whatever happens while writing, the file of that name is whole: the new one or the old one."""
-    import train
-    train.save(dict(step=1), str(tmp_path / 'ckpt.pt'))
-    monkeypatch.setattr(train.os, 'fsync', lambda fd: (_ for _ in ()).throw(OSError(28, 'No space left on device')))
-    with pytest.raises(OSError, match='No space'):
-        train.save(dict(step=2), str(tmp_path / 'ckpt.pt'))
-    assert torch.load(tmp_path / 'ckpt.pt', weights_only=True) == dict(step=1)
+def test_a_disk_that_is_full_for_a_while_stops_nothing(data, tmp_path):
+    """Files may not grow beyond 20 kB, until they may again: warnings, no half files, a whole checkpoint in the end.
+    Where they still may not at the end, that is said, with exit code 2."""
+    resource = pytest.importorskip('resource')
+    if not hasattr(resource, 'prlimit'):
+        pytest.skip('needs Linux')
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+    args = [*TINY, f'--dataset={data}', f'--out_dir={tmp_path / "out"}', '--max_iters=60']
+    process = start('train.py', *args, preexec_fn=limit)
+    said = until(process, 'iter 20')
+    assert re.search(r'warning: .*ckpt.pt could not be saved .*: it takes 0.\d MB and [\d,.]+ MB are free', said)
+    assert not (tmp_path / 'out' / 'ckpt.pt').exists() and not list(tmp_path.glob('out/*.tmp'))
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    said = process.stdout.read()
+    assert process.wait(60) == 0 and 'best val loss' in said
+    assert load_checkpoint(str(tmp_path / 'out' / 'ckpt.pt'))['iter_num'] == 60
+    before = (tmp_path / 'out' / 'ckpt.pt').read_bytes()
+    done = command('train.py', *args, '--init_from=resume', '--max_iters=61', preexec_fn=limit)
+    assert done.returncode == 2 and 'error: the end of this run is lost: ' in done.stderr
+    assert (tmp_path / 'out' / 'ckpt.pt').read_bytes() == before
+
+
+def test_a_flipped_bit_is_noticed(run, tmp_path):
+    """Wherever it is in a checkpoint: refused, with the names of others, or of no consequence."""
+    whole, rng = (run / 'ckpt.pt').read_bytes(), np.random.default_rng(0)
+    shutil.copytree(run, tmp_path / 'out')
+    weights, refused = load_checkpoint(str(run / 'ckpt.pt'))['model'], 0
+    for at in rng.integers(8 * len(whole), size=200):
+        flipped = bytearray(whole)
+        flipped[at // 8] ^= 1 << at % 8
+        (tmp_path / 'out' / 'ckpt.pt').write_bytes(flipped)
+        try:
+            found = load_checkpoint(str(tmp_path / 'out' / 'ckpt.pt'))['model']
+            assert all(torch.equal(found[key], value) for key, value in weights.items())
+        except UserError as error:
+            refused += 1
+            assert re.search('ckpt.pt is damaged .* there is .*best.pt', str(error))
+    assert refused > 150
+
+
+def test_steps_without_a_finite_gradient_are_skipped(data, tmp_path, monkeypatch, capsys):
+    """Weights stay as they are, the log counts; after max_skipped in a row it ends, and nothing is saved."""
+    args = [*TINY, f'--dataset={data}', f'--out_dir={tmp_path}']
+    clip, calls = torch.nn.utils.clip_grad_norm_, []
+    def sometimes(parameters, *more):
+        parameters = list(parameters)
+        calls.append([p.detach().clone() for p in parameters])
+        if len(calls) in bad:
+            parameters[0].grad[0] = math.inf
+        return clip(parameters, *more)
+    monkeypatch.setattr(torch.nn.utils, 'clip_grad_norm_', sometimes)
+    bad = [3]
+    main('train.py', *args)
+    assert all(map(torch.equal, calls[2], calls[3])) and not all(map(torch.equal, calls[3], calls[4]))
+    log = [json.loads(line) for line in (tmp_path / 'log.jsonl').read_text().splitlines()]
+    assert [e['iter'] for e in log if 'skipped' in e] == [2]
+    assert [e['iter'] for e in log if 'loss' in e] == [0, 1, 3, 4, 5]
+    assert 'iter 2: skipped, for the norm of its gradient is inf, 1 in a row' in capsys.readouterr().out
+    before, bad = (tmp_path / 'ckpt.pt').read_bytes(), range(1000)
+    with pytest.raises(UserError, match='2 steps in a row had no finite gradient .max_skipped=2.*learning_rate below'):
+        main('train.py', *args, '--init_from=resume', '--max_iters=12', '--eval_interval=100', '--max_skipped=2')
+    assert (tmp_path / 'ckpt.pt').read_bytes() == before
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='limits its own address space')
+def test_out_of_memory_says_which_batch_would_fit(data, tmp_path):
+    resource = pytest.importorskip('resource')
+    def limit():
+        resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+    args = [*TINY, f'--dataset={data}', f'--out_dir={tmp_path}', '--n_embd=512', '--batch_size=36000']
+    done = command('train.py', *args, preexec_fn=limit)
+    assert done.returncode == 2 and done.stderr.count('\n') == 1, done.stderr
+    assert '--batch_size=18000 --gradient_accumulation_steps=4, which is the same global batch' in done.stderr
 
 
 @pytest.mark.parametrize('device', DEVICES)
@@ -1442,11 +1682,23 @@ def test_bad_input_is_one_line_and_harms_nothing(script, args, message, bad, run
 
 
 def test_the_embedded_text_needs_no_preparing(tmp_path):
-    """The README's first command, a few steps of it: the data are made on the way."""
+    """The README's first command, a few steps of it: the data are made on the way. And all scripts from another folder,
+    with blanks in every path, and with any warning an error."""
     ignored = shutil.ignore_patterns('.*', 'out*', '__pycache__', '*.bin', 'meta.json')
-    shutil.copytree(HERE, tmp_path / 'clone', ignore=ignored)
-    done = subprocess.run([sys.executable, 'train.py', '--device=cpu', 'config/train_shakespeare.py', '--max_iters=2',
-                           '--eval_iters=1'], cwd=tmp_path / 'clone', capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert 'python sample.py --out_dir=out-shakespeare' in done.stdout
-    assert (tmp_path / 'clone' / 'data' / 'shakespeare_char' / 'meta.json').exists()
+    clone, elsewhere = tmp_path / 'a clone', tmp_path / 'else where'
+    shutil.copytree(HERE, clone, ignore=ignored)
+    elsewhere.mkdir()
+    train = ['train.py', '--device=cpu', clone / 'config' / 'train_shakespeare.py', '--eval_iters=1', '--out_dir=o u t']
+    sample = ['sample.py', '--device=cpu', '--out_dir=o u t', '--max_new_tokens=9', '--num_samples=1']
+    own = ['prepare.py', '--dataset=my own', f'--source={clone}/README.md', '--tokenizer=bpe', '--vocab_size=300']
+    loss = ['bench.py', '--device=cpu', '--task=loss', '--init_from=o u t']
+    for command, says in (([*train, '--max_iters=2'], "sample.py' '--out_dir=o u t'"), (sample, ''), (own, 'my own: '),
+                          ([*train, '--max_iters=3', '--init_from=resume'], 'at step 2'),
+                          (['model.py', '--init_from=o u t'], 'parameters'),
+                          ([*loss, f'--source={clone}/data/shakespeare_char/val.bin'], 'perplexity')):
+        done = subprocess.run([sys.executable, clone / command[0], *command[1:]], cwd=elsewhere, capture_output=True,
+                              text=True, timeout=120, env=dict(os.environ, PYTHONWARNINGS='error'))
+        assert done.returncode == 0 and says in done.stdout, done.stderr
+        assert 'Warning' not in done.stderr and 'Exception' not in done.stderr
+    assert (clone / 'data' / 'shakespeare_char' / 'meta.json').exists()
+    assert os.listdir(elsewhere) == ['o u t']

@@ -7,6 +7,7 @@ $ python train.py config/finetune_shakespeare.py --init_from=gpt2              #
 $ torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py       # on 8 GPUs
 $ torchrun --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --master_port=1234 --nproc_per_node=8 train.py ...  # node 0
 """
+import contextlib
 import datetime
 import functools
 import gc
@@ -15,6 +16,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -23,6 +25,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.utils._pytree import tree_leaves, tree_map
 
 from configurator import UserError, check, configure, keep_memory, optional, resolve
 from model import GPT, PRETRAINED, GPTConfig, find_pretrained, load_checkpoint
@@ -36,6 +39,7 @@ eval_iters = 200               # batches in an evaluation, at most
 eval_only = False              # evaluate once and leave
 log_interval = 1               # steps from one log line to the next
 always_save_checkpoint = True  # False: at evaluations save ckpt.pt only when the val loss has improved
+save_interval = 0.0            # minutes from one save to the next, besides those at evaluations; 0: only these
 wandb_log = False              # also log to Weights & Biases
 wandb_project = 'owt'
 wandb_run_name = 'gpt2'
@@ -62,6 +66,7 @@ weight_decay = 1e-1            # of matrices; vectors never decay
 beta1 = 0.9                    # how long gradients are remembered
 beta2 = 0.95                   # and their squares
 grad_clip = 1.0                # longest gradient; 0: any
+max_skipped = 20               # steps in a row whose gradient is not finite: each is skipped, after so many it stops
 decay_lr = True                # False: constant, with no warmup either
 lr_schedule = 'cosine'         # 'cosine': half a wave down to min_lr; 'linear': straight down to zero
 warmup_iters = 2000            # steps in which the learning rate rises
@@ -73,7 +78,10 @@ seed = 1337                    # of initial weights, order of the data and dropo
 device = 'auto'                # 'cpu', 'cuda', 'cuda:1', 'mps'; auto: the best there is
 dtype = 'auto'                 # of the arithmetic: 'float32', 'bfloat16', 'float16'; auto: what the device is good at
 compile = 'auto'               # torch.compile: True, False; auto: on CUDA, and for long runs on a CPU
+parallel = 'ddp'               # under torchrun: 'ddp', a whole model in each process; 'fsdp', shared out among all
+activation_checkpointing = False  # keep less for the backward pass and compute it again: less memory, a third slower
 backend = 'nccl'               # how CUDA devices talk under torchrun; CPUs always use gloo
+timeout = 30.0                 # minutes that a process waits for another, before it takes that for lost
 
 # dense bfloat16 (float16 where older) peak in TFLOPs by device name, from the makers' data sheets; the first that fits
 PEAK = {'B200': 2250, 'H200': 989, 'H100 PCIe': 756, 'H100': 989, 'A100': 312, 'L40S': 362, 'L4': 121, 'A10': 125,
@@ -127,30 +135,64 @@ def get_lr(step, peak, warmup, hold, decay_end, min_lr, schedule):
     return min_lr + (peak - min_lr) * (1 - math.cos(math.pi * left)) / 2
 
 
-def train_step(model, optimizers, scaler, batches, grad_clip, autocast):
-    """One step on a list of micro-batches. Returns their mean loss and the gradient's norm, still on the device."""
+def backward(model, optimizers, scaler, batches, grad_clip, autocast):
+    """The gradient of a step, a list of micro-batches. Returns their mean loss and the gradient's norm, which is the
+    same in all processes; both still on the device."""
     total = 0
     for i, (x, y) in enumerate(batches):
-        if isinstance(model, DDP):  # gradients are exchanged once, after the last micro-batch
-            model.require_backward_grad_sync = i == len(batches) - 1
+        last = i == len(batches) - 1  # gradients are exchanged once, after the last micro-batch
+        if isinstance(model, DDP):
+            model.require_backward_grad_sync = last
+        elif hasattr(model, 'set_requires_gradient_sync'):  # of FSDP
+            model.set_requires_gradient_sync(last)
         with autocast:
             loss = model(x, y)[1] / len(batches)
         scaler.scale(loss).backward()
         total += loss.detach()
     for optimizer in optimizers.values():
         scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-    for optimizer in optimizers.values():
-        scaler.step(optimizer)
-    scaler.update()
+    return total, whole(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf))
+
+
+def update(model, optimizers, scaler, norm):
+    """Take the step, unless its gradient is not finite. Returns its norm, for which it waits for the device."""
+    norm = norm.item()
+    if math.isfinite(norm) or scaler.is_enabled():  # the scaler skips by itself, and then scales less
+        for optimizer in optimizers.values():
+            scaler.step(optimizer)
+        scaler.update()
     model.zero_grad(set_to_none=True)
-    return total, norm
+    return norm
 
 
-def compiled(model):
-    """On a CPU block by block: all are alike, so one is compiled for all. On a GPU as a whole, which takes longer and
-    joins the loss to the head, so that no float32 copy of all logits is made."""
-    if next(model.parameters()).device.type != 'cpu':
+def whole(tensor):
+    """All of a tensor that FSDP has shared out; every process has to ask for it."""
+    return tensor.full_tensor() if hasattr(tensor, 'full_tensor') else tensor
+
+
+def shard(model, device_type, dtype):
+    """Share out weights, gradients and the optimizer's state among all processes. The weights of a block are gathered
+    when its turn comes, in dtype, and let go of after it."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    mesh = dist.init_device_mesh(device_type, (dist.get_world_size(),))
+    policy = MixedPrecisionPolicy(getattr(torch, dtype), reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in model.transformer.h:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    return fully_shard(model, mesh=mesh)
+
+
+def shard_like(p, value):
+    """A whole tensor that belongs to the parameter p, such as its momentum, shared out as p is."""
+    if not hasattr(p, 'full_tensor') or value.shape != p.shape:
+        return value
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(value.to(p.device), p.device_mesh, p.placements)
+
+
+def compiled(model, by_block):
+    """Block by block: all are alike, so one is compiled for all, which suits the CPU and FSDP. As a whole, which takes
+    longer, the loss is joined to the head, so that no float32 copy of all logits is made."""
+    if not by_block:
         return torch.compile(model)
     for block in model.transformer.h:
         block.compile()
@@ -163,7 +205,7 @@ def compile_problem(model, batch, autocast):
         with autocast:
             loss = model(*batch)[1]
         loss.backward()
-    except torch.OutOfMemoryError:
+    except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a compiler, a driver or a kernel is missing: anything can come up
         return f"torch.compile failed ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
@@ -171,17 +213,43 @@ def compile_problem(model, batch, autocast):
         model.zero_grad(set_to_none=True)
 
 
+@contextlib.contextmanager
+def enough_memory(batch_size, accumulation):
+    """Running out of memory in here ends in advice."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch has an error of its own for this on CUDA alone
+        if not isinstance(error, MemoryError) and not re.search('out of memory|allocate memory', str(error)):
+            raise
+        less = next((n for n in range(batch_size // 2, 0, -1) if batch_size % n == 0), None)
+        advice = '--activation_checkpointing=True, or a smaller block_size or model'
+        if less:
+            advice = (f'--batch_size={less} --gradient_accumulation_steps={accumulation * batch_size // less}, which '
+                      f'is the same global batch, or {advice}')
+        reason = ' '.join(str(error).split())[:120]
+        raise UserError(f'batch_size={batch_size} takes more memory than there is ({reason}): use {advice}') from None
+
+
 def save(checkpoint, path):
-    """Write a checkpoint so that at any moment, power cuts included, path is the old one or the new one, whole."""
-    with open(path + '.tmp', 'wb') as f:
-        torch.save(checkpoint, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(path + '.tmp', path)
-    if os.name == 'posix':
-        folder = os.open(os.path.dirname(path) or '.', os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+    """Write a checkpoint so that at any moment, power cuts included, path is the old one or the new one, whole. Returns
+    what went wrong, or None."""
+    try:
+        with open(path + '.tmp', 'wb') as f:
+            torch.save(checkpoint, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(path + '.tmp', path)
+        if os.name == 'posix':
+            folder = os.open(os.path.dirname(path) or '.', os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+    except (OSError, RuntimeError) as error:  # a RuntimeError of torch's writer stands for any error of the file's
+        with contextlib.suppress(OSError):
+            os.remove(path + '.tmp')
+        needed = sum(t.nbytes for t in tree_leaves(checkpoint) if torch.is_tensor(t))
+        free = shutil.disk_usage(os.path.dirname(path) or '.').free
+        return (f'{path} could not be saved ({str(error).splitlines()[0][:120]}): it takes {needed / 1e6:,.1f} MB and '
+                f'{free / 1e6:,.1f} MB are free there')
 
 
 def set_aside(out_dir):
@@ -214,6 +282,11 @@ def cut_log(path, iter_num):
 
 if __name__ == '__main__':
     config = configure(globals())
+    check(config, 'batch_size > 0', 'gradient_accumulation_steps > 0', 'eval_interval > 0', 'eval_iters > 0',
+          'log_interval > 0', 'save_interval >= 0', 'max_iters >= 0', 'learning_rate >= 0', 'min_lr >= 0',
+          'weight_decay >= 0', 'grad_clip >= 0', 'beta1 >= 0', 'beta1 < 1', 'beta2 >= 0', 'beta2 < 1', 'seed >= 0',
+          'seed < 2**63', 'max_skipped > 0', 'timeout > 0', "lr_schedule in ('cosine', 'linear')",
+          "optimizer in ('adamw', 'muon')", "parallel in ('ddp', 'fsdp')")
     keep_memory()
     device, dtype, compile = resolve(device, dtype, compile, width=n_embd)
     device_type = device.partition(':')[0]
@@ -224,15 +297,12 @@ if __name__ == '__main__':
     if ddp:
         if device not in ('cpu', f"cuda:{os.environ['LOCAL_RANK']}"):
             raise UserError(f'device={config["device"]!r} under torchrun: leave it out, or say cpu or cuda')
-        dist.init_process_group(f'cpu:gloo,cuda:{backend}' if device_type == 'cuda' else 'gloo')
+        dist.init_process_group(f'cpu:gloo,cuda:{backend}' if device_type == 'cuda' else 'gloo',
+                                timeout=datetime.timedelta(minutes=timeout))
     say = print if rank == 0 else lambda *args, **kwargs: None
-    check(config, 'batch_size > 0', 'gradient_accumulation_steps > 0', 'eval_interval > 0', 'eval_iters > 0',
-          'log_interval > 0', 'max_iters >= 0', 'learning_rate >= 0', 'min_lr >= 0', 'weight_decay >= 0',
-          'grad_clip >= 0', 'beta1 >= 0', 'beta1 < 1', 'beta2 >= 0', 'beta2 < 1', 'seed >= 0', 'seed < 2**63',
-          "lr_schedule in ('cosine', 'linear')", "optimizer in ('adamw', 'muon')")
-    if optimizer == 'muon' and dtype == 'float16':
-        raise UserError("optimizer='muon' computes in bfloat16, dtype='float16' is for cards without it: use "
-                        '--optimizer=adamw or another dtype')
+    if dtype == 'float16' and (optimizer == 'muon' or parallel == 'fsdp'):
+        raise UserError("dtype='float16' is for cards without bfloat16, which optimizer='muon' and parallel='fsdp' "
+                        'need: use another dtype, or --optimizer=adamw --parallel=ddp')
     if gradient_accumulation_steps % world:
         raise UserError(f'gradient_accumulation_steps={gradient_accumulation_steps} must be a multiple of the {world} '
                         f'processes: use {math.ceil(gradient_accumulation_steps / world) * world}')
@@ -241,7 +311,12 @@ if __name__ == '__main__':
 
     # data
     if rank > 0:
-        dist.all_reduce(torch.zeros(1))  # waits until the first process has made and found everything
+        try:
+            dist.all_reduce(torch.zeros(1))
+        except RuntimeError as error:
+            raise UserError(f'process {rank} waited for the first one to find dataset={dataset} and '
+                            f'init_from={init_from}, at most timeout={timeout:g} minutes, in vain: '
+                            f'{str(error).splitlines()[0]}') from None
     embedded = DATASETS.get(dataset, {}).get('source') == SHAKESPEARE
     if rank == 0 and embedded and not os.path.exists(os.path.join(DATA, dataset, 'train.bin')):
         prepare(dataset)
@@ -269,25 +344,34 @@ if __name__ == '__main__':
         count = max(1, min(eval_iters, (n - 1) // block_size // batch_size))
         starts = np.linspace(0, n - block_size - 1, count * batch_size).astype(np.int64).reshape(count, batch_size)
         fast.eval()
-        with autocast:
-            losses = [fast(*get_windows(bins[split], meta['dtype'], part, block_size, device))[1]
-                      for part in starts[rank::world]]
+        with autocast, enough_memory(batch_size, gradient_accumulation_steps):
+            losses = [fast(*get_windows(bins[split], meta['dtype'], starts[i % count], block_size, device))[1]
+                      for i in range(rank, math.ceil(count / world) * world, world)]  # as many for each: FSDP waits
         fast.train()
-        total = torch.tensor([loss.item() for loss in losses], dtype=torch.float64).sum()
+        total = torch.stack(losses).cpu().double()[:len(range(rank, count, world))].sum()
         if ddp:
             dist.all_reduce(total)
         return total.item() / count
 
     # model
     torch.manual_seed(seed)
-    iter_num, best_val_loss = 0, math.inf
+    iter_num, best_val_loss, checkpoint = 0, math.inf, {}
+    newest, torchrun_id = os.path.join(out_dir, 'ckpt.pt'), os.environ.get('TORCHELASTIC_RUN_ID', '')
+    if ddp:  # has torchrun started us again? Only the first process knows for sure: others may have been there all along
+        restarted = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0 or torchrun_id != 'none'
+        if rank == 0 and restarted and os.path.exists(newest):
+            if load_checkpoint(newest).get('torchrun_id') == torchrun_id:
+                init_from = 'resume'
+        choice = [init_from]
+        dist.broadcast_object_list(choice)
+        init_from = choice[0]
     shape = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size, bias=bias, rope=rope,
                  qk_norm=qk_norm, relu2=relu2)
     if init_from == 'scratch':
         padded = math.ceil(meta['vocab_size'] / 64) * 64  # a multiple of 64 is what matrix units like
         raw_model = GPT(GPTConfig(**shape, vocab_size=padded, dropout=dropout))
     else:
-        path = os.path.join(out_dir, 'ckpt.pt') if init_from == 'resume' else init_from
+        path = newest if init_from == 'resume' else init_from
         checkpoint = load_checkpoint(path, *(('optimizer', 'scaler') if init_from == 'resume' else ()),
                                      data=os.path.join(DATA, dataset))
         there = checkpoint['model_args']
@@ -301,7 +385,32 @@ if __name__ == '__main__':
         config.update({k: there[k] for k in shape if k in there and k != 'block_size'})  # the weights decide
         raw_model = GPT.from_checkpoint(checkpoint, dropout=dropout)
         raw_model.crop_block_size(block_size)
-    raw_model.to(device)
+    raw_model.recompute = activation_checkpointing
+
+    # raw_model owns the weights and is saved, fast is perhaps compiled and is evaluated, model is trained
+    flops_per_step = raw_model.flops_per_token() * tokens_per_step
+    if config['compile'] == 'auto' and device_type == 'cpu':  # it takes 20 s and saves a seventh of 10 minutes or more
+        compile = flops_per_step * max_iters / world > 1e14
+    fsdp = ddp and parallel == 'fsdp'
+    fast = compiled(raw_model, device_type == 'cpu' or fsdp) if compile else raw_model
+    fast = shard(fast, device_type, dtype) if fsdp else fast.to(device)
+
+    def wrap(fast):
+        device_ids = [device] if device_type == 'cuda' else None
+        return DDP(fast, device_ids, gradient_as_bucket_view=True) if ddp and not fsdp else fast
+
+    model = wrap(fast)
+    if compile:
+        say('compiling the model (compile=False goes without)')
+        with enough_memory(batch_size, gradient_accumulation_steps):
+            problem = compile_problem(model, batches(iter_num)[0], autocast)
+        if problem and config['compile'] is True:
+            raise UserError(f'compile=True, but {problem}: leave it out or mend that')
+        if problem:
+            say(f'{problem}: going on without it')
+            torch.compiler.set_stance('force_eager')
+            model = wrap(fast)  # a reducer that was left in the middle of a step is of no use
+
     optimizers = raw_model.configure_optimizers(optimizer, weight_decay, learning_rate, (beta1, beta2))
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
     if init_from == 'resume':
@@ -312,33 +421,16 @@ if __name__ == '__main__':
             raise UserError(f'optimizer={optimizer!r}, but {path} was trained with {theirs}: use --optimizer={theirs}, '
                             f'or start anew from its weights with --init_from={path}')
         for name, opt in optimizers.items():
-            opt.load_state_dict(opt.state_dict() | dict(state=checkpoint['optimizer'][name]['state']))
+            owners = [p for group in opt.param_groups for p in group['params']]
+            state = {i: {key: shard_like(owners[i], value) for key, value in of_one.items()}
+                     for i, of_one in checkpoint['optimizer'][name]['state'].items()}
+            opt.load_state_dict(opt.state_dict() | dict(state=state))
         if checkpoint['scaler']:
             scaler.load_state_dict(checkpoint['scaler'])
         changed = [f'{k} {v} -> {config[k]}' for k, v in checkpoint['config'].items()
                    if k in config and config[k] != v and k != 'init_from']
         say(f'resuming {path} at step {iter_num}' + (f"; settings changed: {', '.join(changed)}" if changed else ''))
-    checkpoint = None  # free its memory
-
-    def parallel(model):
-        device_ids = [device] if device_type == 'cuda' else None
-        return DDP(model, device_ids, gradient_as_bucket_view=True) if ddp else model
-
-    # raw_model owns the weights and is saved, fast is perhaps compiled and is evaluated, model is trained
-    flops_per_step = raw_model.flops_per_token() * tokens_per_step
-    if config['compile'] == 'auto' and device_type == 'cpu':  # it takes 20 s and saves a seventh of 10 minutes or more
-        compile = flops_per_step * max_iters / world > 1e14
-    fast = compiled(raw_model) if compile else raw_model
-    model = parallel(fast)
-    if compile:
-        say('compiling the model (compile=False goes without)')
-        problem = compile_problem(model, batches(iter_num)[0], autocast)
-        if problem and config['compile'] is True:
-            raise UserError(f'compile=True, but {problem}: leave it out or mend that')
-        if problem:
-            say(f'{problem}: going on without it')
-            torch.compiler.set_stance('force_eager')
-            model = parallel(fast)  # a reducer that was left in the middle of a step is of no use
+    wandb_id, checkpoint = checkpoint.get('wandb_id'), None  # the rest of its memory is free
     peak = peak_flops(device, dtype)
     say(f'{raw_model.num_params():,} parameters on {device} in {dtype}, {world} process{"es" * (world > 1)}, '
         f'{tokens_per_step:,} tokens a step, {meta["train_tokens"] / tokens_per_step:,.1f} steps an epoch')
@@ -347,45 +439,62 @@ if __name__ == '__main__':
     if rank == 0 and not eval_only:
         if wandb_log:
             wandb = optional('wandb', 'wandb_log=True')
-            wandb.init(project=wandb_project, name=wandb_run_name, config=config)
+            wandb_id = wandb.init(project=wandb_project, name=wandb_run_name, config=config, id=wandb_id,
+                                  resume='allow').id
         if tensorboard_log:
             optional('tensorboard', 'tensorboard_log=True')  # torch's writer needs it
-            tensorboard = optional('torch.utils.tensorboard', 'tensorboard_log=True').SummaryWriter(out_dir)
+            tensorboard = optional('torch.utils.tensorboard', 'tensorboard_log=True').SummaryWriter(
+                out_dir, purge_step=iter_num)
         log_path = os.path.join(out_dir, 'log.jsonl')
         try:
             os.makedirs(out_dir, exist_ok=True)
             if init_from != 'resume':
                 set_aside(out_dir)
             cut_log(log_path, iter_num)
-            log_file = open(log_path, 'a', buffering=1, encoding='utf-8')
+            log_file = open(log_path, 'ab', buffering=0)
         except OSError as error:
             raise UserError(f'out_dir={out_dir!r} cannot be written to ({error}): choose another') from None
 
     def log(**values):
         if rank == 0 and not eval_only:
-            log_file.write(json.dumps(dict(iter=iter_num, **values)) + '\n')
+            try:
+                log_file.write((json.dumps(dict(iter=iter_num, **values)) + '\n').encode())
+            except OSError as error:  # the disk is full, say: no reason to stop
+                say(f'warning: {log_path}: {error}', flush=True)
             if wandb_log:
                 wandb.log(values, step=iter_num)
             if tensorboard_log:
                 for key, value in values.items():
                     tensorboard.add_scalar(key, value, iter_num)
 
-    def save_as(name, **state):
+    def gather(value):
+        value = whole(value)
         if rank == 0:
-            weights = raw_model.state_dict()
-            check_finite(sum(w.abs().max().item() for w in weights.values()), 'a weight')
-            save(dict(model=weights, model_args=vars(raw_model.config), iter_num=iter_num, best_val_loss=best_val_loss,
-                      config=config, tokenizer=meta['tokenizer'], **state), os.path.join(out_dir, name))
+            return value.cpu() if torch.is_tensor(value) else value
+
+    def save_as(name, best_val_loss, **state):
+        """Returns what went wrong, or '', in every process."""
+        problem, state = [''], state | dict(model=raw_model.state_dict())
+        if fsdp:
+            state = tree_map(gather, state)
+        if rank == 0:
+            if not math.isfinite(sum(w.abs().max().item() for w in state['model'].values())):
+                raise UserError(f'a weight is not finite at step {iter_num}: nothing was saved. {advice}')
+            problem = [save(state | dict(model_args=vars(raw_model.config), iter_num=iter_num, config=config,
+                                         best_val_loss=best_val_loss, tokenizer=meta['tokenizer'], wandb_id=wandb_id,
+                                         torchrun_id=torchrun_id), os.path.join(out_dir, name))]
+        if ddp:
+            dist.broadcast_object_list(problem)
+        if problem[0]:
+            say(f'warning: {problem[0]}: make room; going on, to try again at the next save', flush=True)
+        return problem[0]
 
     def save_all():
-        save_as('ckpt.pt', optimizer={name: opt.state_dict() for name, opt in optimizers.items()},
-                scaler=scaler.state_dict())
+        return save_as('ckpt.pt', best_val_loss, scaler=scaler.state_dict(),
+                       optimizer={name: opt.state_dict() for name, opt in optimizers.items()})
 
-    def check_finite(loss, what):
-        if not math.isfinite(loss):
-            raise UserError(f'{what} is {loss} at step {iter_num}, and not saved: go on from the last checkpoint with '
-                            f'--init_from=resume and a learning_rate below {learning_rate}')
-
+    advice = (f'Go on from the last checkpoint with --init_from=resume and a learning_rate below {learning_rate}, or '
+              'grad_clip=1 if it is 0')
     signals = []  # SIGINT or SIGTERM, waiting for the end of a step
 
     def on_signal(number, frame):
@@ -397,9 +506,10 @@ if __name__ == '__main__':
 
     # training
     model.train()
+    stop = 0
     gc.freeze()  # no looking through all that is there, again and again, for garbage
     ready = batches(iter_num)
-    since, logged_iter = time.time(), iter_num
+    since, logged_iter, saved_at, skipped, unsaved = time.time(), iter_num, time.time(), 0, ''
     while True:
         if iter_num % eval_interval == 0 or iter_num >= max_iters or eval_only:
             losses = {split: eval_loss(split) for split in ('train', 'val')}
@@ -407,13 +517,14 @@ if __name__ == '__main__':
             log(train_loss=losses['train'], val_loss=losses['val'])
             if eval_only:
                 break
+            if not math.isfinite(losses['val']):
+                raise UserError(f"the val loss is {losses['val']} at step {iter_num}: nothing was saved. {advice}")
             better = losses['val'] < best_val_loss
-            if better:
+            if better and not save_as('best.pt', losses['val']):
                 best_val_loss = losses['val']
-                save_as('best.pt')
             if better or always_save_checkpoint or iter_num >= max_iters:
-                save_all()  # at step 0 too: a disk that is too small shows before anything is lost
-            since, logged_iter = time.time(), iter_num
+                unsaved = save_all()  # at step 0 too: a disk that is too small shows before anything is lost
+            since, logged_iter, saved_at = time.time(), iter_num, time.time()
         if iter_num >= max_iters:
             break
 
@@ -425,10 +536,19 @@ if __name__ == '__main__':
                 group['lr'] = lr
         if dropout:  # what is dropped in a step depends on the step alone, so a resumed run goes on as if never stopped
             torch.manual_seed(int(np.random.SeedSequence((seed, iter_num, rank)).generate_state(1)[0]))
-        loss, norm = train_step(model, optimizers, scaler, ready, grad_clip, autocast)
-        ready = batches(iter_num + 1)  # while a GPU is still busy with this step
+        with enough_memory(batch_size, gradient_accumulation_steps):
+            loss, norm = backward(model, optimizers, scaler, ready, grad_clip, autocast)
+            ready = batches(iter_num + 1)  # while a GPU is still busy with this step
+            norm = update(model, optimizers, scaler, norm)
 
-        if iter_num % log_interval == 0:
+        skipped = 0 if math.isfinite(norm) else skipped + 1
+        if skipped:
+            say(f'iter {iter_num}: skipped, for the norm of its gradient is {norm}, {skipped} in a row', flush=True)
+            log(skipped=skipped)
+            if skipped >= max_skipped:
+                raise UserError(f'{skipped} steps in a row had no finite gradient (max_skipped={max_skipped}), the '
+                                f'last checkpoint is as it was. {advice}')
+        elif iter_num % log_interval == 0:
             loss = loss.cpu() / world  # waits for the device; the mean over all processes' micro-batches
             if ddp:
                 dist.all_reduce(loss)
@@ -440,18 +560,20 @@ if __name__ == '__main__':
             eta = datetime.timedelta(seconds=min(10**9, round(seconds * (max_iters - iter_num - 1))))
             say(f'iter {iter_num}: loss {loss:.4f}, time {seconds * 1000:.2f}ms{mfu}, lr {lr:.2e}, norm {norm:.2f}, '
                 f'{rate:,.0f} tok/s, eta {eta}', flush=True)
-            check_finite(loss, 'loss')
-            log(loss=loss, lr=lr, grad_norm=norm.item(), time_ms=seconds * 1000, tokens_per_second=rate)
+            log(loss=loss, lr=lr, grad_norm=norm, time_ms=seconds * 1000, tokens_per_second=rate)
         iter_num += 1
 
-        stop = torch.tensor(signals[0] if signals else 0)
+        due = 0 < save_interval * 60 < time.time() - saved_at
+        flags = torch.tensor([signals[0] if signals else 0, int(due)])
         if ddp:  # one was told to stop: all stop, at the same step
-            dist.all_reduce(stop, dist.ReduceOp.MAX)
+            dist.all_reduce(flags, dist.ReduceOp.MAX)
+        stop, due = flags.tolist()
+        if stop or due:
+            unsaved, saved_at = save_all(), time.time()
         if stop:
-            save_all()
             command = shlex.join([a for a in sys.argv if not a.startswith('--init_from=')] + ['--init_from=resume'])
-            say(f'stopped by {signal.Signals(stop.item()).name} at step {iter_num}, saved {out_dir}/ckpt.pt. '
-                f"Go on with\n{'torchrun ...' if ddp else 'python'} {command}")
+            say(f'stopped by {signal.Signals(stop).name} at step {iter_num}'
+                + ('' if unsaved else f", saved {newest}. Go on with\n{'torchrun ...' if ddp else 'python'} {command}"))
             break
 
     if iter_num >= max_iters and best_val_loss < math.inf and not eval_only:
@@ -466,5 +588,7 @@ if __name__ == '__main__':
         # need to let go of the last all_reduce's tensors: left to the end of the process, that would abort it.
         dist.barrier()
         dist.destroy_process_group()
-    if signals:
-        sys.exit(128 + signals[0])
+    if unsaved:
+        raise UserError(f'the end of this run is lost: {unsaved}')
+    if stop:
+        sys.exit(128 + stop)
