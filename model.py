@@ -560,8 +560,6 @@ def to_huggingface(checkpoint, folder):
         files.update(tok.huggingface())
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, 'model.safetensors')
-    if os.path.exists(path):
-        raise UserError(f'{path} is there already: choose another export_dir, or remove it')
     with open(path + '.tmp', 'wb') as f:
         f.write(len(header).to_bytes(8, 'little') + header)
         for tensor in tensors.values():
@@ -639,14 +637,14 @@ def explain(config, batch_size, dtype):
     fewer = outside + inside + 4 * tokens * config.n_embd * config.n_layer
     block = sum(p.numel() for p in model.transformer.h[0].parameters())
     gathered = 4 * (n - config.n_layer * block) + 2 * (4 if dtype == 'float32' else 2) * block
-    print(f'{f"memory to train on that batch in {dtype}, at least, in MB":<62}{"weights":>9}{"gradients":>11}'
-          f'{"AdamW":>9}{"activations":>13}{"together":>10}  fits into')
+    print(f'{f"memory to train on that batch in {dtype}, at least, in MB":<60}{"weights":>10}{"gradients":>11}'
+          f'{"AdamW":>10}{"activations":>13}{"together":>12}  fits into')
     for gpus, kind in ((1, 'one GPU, or each with ddp'), (8, 'each of 8 with fsdp'), (64, 'each of 64 with fsdp')):
         for what, size in (('', kept), (', activation_checkpointing', fewer)):
             memory = [4 * n / gpus + gathered * (gpus > 1), 4 * n / gpus, 8 * n / gpus, size]
             card = next((f'{gb} GB' for gb in CARDS if sum(memory) < 0.9e9 * gb), 'no card')
-            print(f'{kind + what:<62}' + ''.join(f'{m / 1e6:>{width},.0f}' for m, width in zip(
-                (*memory, sum(memory)), (9, 11, 9, 13, 10), strict=True)) + f'  {card}')
+            print(f'{kind + what:<60}' + ''.join(f'{m / 1e6:>{width},.1f}' for m, width in zip(
+                (*memory, sum(memory)), (10, 11, 10, 13, 12), strict=True)) + f'  {card}')
 
 
 if __name__ == '__main__':

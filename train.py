@@ -357,7 +357,7 @@ if __name__ == '__main__':
     torch.manual_seed(seed)
     iter_num, best_val_loss, checkpoint = 0, math.inf, {}
     newest, torchrun_id = os.path.join(out_dir, 'ckpt.pt'), os.environ.get('TORCHELASTIC_RUN_ID', '')
-    if ddp:  # has torchrun started us again? Only the first process knows for sure: others may have been there all along
+    if ddp:  # has torchrun started us again? The first process decides: others may have been there all along
         restarted = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0 or torchrun_id != 'none'
         if rank == 0 and restarted and os.path.exists(newest):
             if load_checkpoint(newest).get('torchrun_id') == torchrun_id:
