@@ -5,7 +5,9 @@ the model that stacks blocks between an embedding and a head. Run it to see a mo
 
 $ python model.py                                       # GPT-2 124M
 $ python model.py --n_layer=24 --n_head=16 --n_embd=1024 --batch_size=4
-$ python model.py --init_from=out-mine --export_dir=mine-hf      # write it for Hugging Face's transformers
+$ python model.py --init_from=gpt2-xl --batch_size=1             # what it takes to train
+$ python model.py --init_from=out-shakespeare --trace="To be" --layer=1 --head=2   # a text on its way through a model
+$ python model.py --init_from=out-mine --export_dir=out-mine-hf  # write it for Hugging Face's transformers
 """
 import glob
 import json
@@ -59,48 +61,11 @@ def rotate(x, rotation):
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)
 
 
-class Linear(nn.Linear):
-    """y = W x + b. To generate token by token is to read all of W from memory again and again, and on a CPU the usual
-    product keeps far below what memory can deliver: hence two other ways to put it for a few tokens."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.register_buffer('scale', None)  # of each row, if W is int8
-
-    def quantize(self):
-        """Keep W in 8 bits: each row in steps of 1/127 of its largest weight, rounded so that bfloat16 holds them."""
-        assert self.scale is None, 'quantized already'
-        w = self.weight.detach()
-        self.scale = (w.abs().amax(dim=1) / 127).clamp(min=1e-30).bfloat16().float()
-        steps = (w / self.scale[:, None]).round().clamp(-127, 127)
-        self.weight = nn.Parameter(steps.to(torch.int8), requires_grad=False)
-
-    def forward(self, x):
-        w, rows = self.weight, x.numel() // self.in_features
-        few = not torch.is_grad_enabled() and x.device.type == 'cpu' and rows <= 4
-        if few and torch.compiler.is_compiling():  # one loop over W, which serves all rows
-            flat = x.reshape(rows, -1).contiguous()
-            flat = flat.as_strided(flat.shape, flat.stride())  # has x computed before the loop instead of inside
-            y = (w[:, None] * flat).sum(-1).t()
-        elif few and w.dtype == torch.float32:  # W in parts, so that every core has some
-            cores = torch.get_num_threads()
-            parts = next((n for n in range(cores, 16 * cores) if self.out_features % n == 0), 1)
-            y = x.reshape(1, rows, -1).expand(parts, -1, -1) @ w.view(parts, -1, self.in_features).transpose(1, 2)
-            y = y.transpose(0, 1)
-        elif self.scale is None:
-            return super().forward(x)
-        else:
-            return F.linear(x, w * self.scale[:, None].type_as(x), self.bias)
-        y = y.reshape(*x.shape[:-1], -1)
-        if self.scale is not None:
-            y = y * self.scale
-        return y if self.bias is None else y + self.bias
-
-
 class CausalSelfAttention(nn.Module):
     """The one place where tokens look at each other. Each token asks a question (query); it and every token before it
     offer a label (key) and a content (value). How well query and key match decides how much of the value flows:
-    softmax(q k^T / sqrt(head size)) v. Several heads do this side by side, each in its own share of the channels."""
+    softmax(q k^T / sqrt(head size)) v, where the softmax makes shares of the matches, which add up to 1. Several heads
+    do this side by side, each in its own share of the channels, as one may look for the verb and another for a name."""
 
     def __init__(self, config):
         super().__init__()
@@ -120,13 +85,15 @@ class CausalSelfAttention(nn.Module):
             cache[0, :, :, position], cache[1, :, :, position] = k, v
             k, v = cache
         y = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0,
-                                           is_causal=mask is None)
+                                           is_causal=mask is None)  # (B, heads, T, head size)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads' results side by side again
         return self.resid_dropout(self.c_proj(y))
 
 
 class MLP(nn.Module):
-    """Each token by itself: widen four times, bend, narrow again. Most of what a GPT knows sits in these weights."""
+    """Each token by itself: widen four times, bend, narrow again. Most of what a GPT knows sits in these weights.
+    Without the bend two matrices would be one: GELU(x) = x * P(a normal number < x) is ReLU with its corner rounded
+    off, so that a unit that is off still gets a little gradient."""
 
     def __init__(self, config):
         super().__init__()
@@ -143,7 +110,9 @@ class MLP(nn.Module):
 
 class Block(nn.Module):
     """Attention, then MLP. Both read a normalised copy of the stream and add what they found to it: the stream itself
-    runs straight from embedding to head, and so do gradients on their way back, however many blocks there are."""
+    runs straight from embedding to head, and so do gradients on their way back, however many blocks there are.
+    LayerNorm gives each token's vector mean 0 and standard deviation 1, then a weight (and bias) for each channel:
+    whatever has been added so far, the next module sees numbers of the same size."""
 
     def __init__(self, config):
         super().__init__()
@@ -163,7 +132,9 @@ def call(module, *inputs):
 
 
 class GPT(nn.Module):
-    """Token ids in, for every position a score for each possible next token out."""
+    """Token ids in, for every position a score (logit) for each possible next token out. An id picks a row of the
+    embedding; the position adds another (or rotates queries and keys); blocks work on this stream; and the head
+    compares what has become of it with every row of the same embedding."""
     recompute = False  # True: the backward pass computes blocks again instead of keeping all of their insides
 
     def __init__(self, config):
@@ -322,6 +293,44 @@ class GPT(nn.Module):
         return optimizers
 
 
+class Linear(nn.Linear):
+    """y = W x + b. To generate token by token is to read all of W from memory again and again, and on a CPU the usual
+    product keeps far below what memory can deliver: hence two other ways to put it for a few tokens."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.register_buffer('scale', None)  # of each row, if W is int8
+
+    def quantize(self):
+        """Keep W in 8 bits: each row in steps of 1/127 of its largest weight, rounded so that bfloat16 holds them."""
+        assert self.scale is None, 'quantized already'
+        w = self.weight.detach()
+        self.scale = (w.abs().amax(dim=1) / 127).clamp(min=1e-30).bfloat16().float()
+        steps = (w / self.scale[:, None]).round().clamp(-127, 127)
+        self.weight = nn.Parameter(steps.to(torch.int8), requires_grad=False)
+
+    def forward(self, x):
+        w, rows = self.weight, x.numel() // self.in_features
+        few = not torch.is_grad_enabled() and x.device.type == 'cpu' and rows <= 4
+        if few and torch.compiler.is_compiling():  # one loop over W, which serves all rows
+            flat = x.reshape(rows, -1).contiguous()
+            flat = flat.as_strided(flat.shape, flat.stride())  # has x computed before the loop instead of inside
+            y = (w[:, None] * flat).sum(-1).t()
+        elif few and w.dtype == torch.float32:  # W in parts, so that every core has some
+            cores = torch.get_num_threads()
+            parts = next((n for n in range(cores, 16 * cores) if self.out_features % n == 0), 1)
+            y = x.reshape(1, rows, -1).expand(parts, -1, -1) @ w.view(parts, -1, self.in_features).transpose(1, 2)
+            y = y.transpose(0, 1)
+        elif self.scale is None:
+            return super().forward(x)
+        else:
+            return F.linear(x, w * self.scale[:, None].type_as(x), self.bias)
+        y = y.reshape(*x.shape[:-1], -1)
+        if self.scale is not None:
+            y = y * self.scale
+        return y if self.bias is None else y + self.bias
+
+
 def record(step, *inputs):
     """Record all that step launches on the GPU, as a CUDA graph: to replay it takes one launch instead of hundreds."""
     inputs = [x.clone() for x in inputs]  # our own: each replay overwrites them
@@ -367,6 +376,7 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None):
 PRETRAINED = {'gpt2': '248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707',  # sha256, where known
               'gpt2-medium': 'fc5a354a19255ad494f3d71549390baca1ccf61d1d822b9408971705c687c9cd',
               'gpt2-large': None, 'gpt2-xl': None}
+SIZES = {'gpt2': (12, 12, 768), 'gpt2-medium': (24, 16, 1024), 'gpt2-large': (36, 20, 1280), 'gpt2-xl': (48, 25, 1600)}
 DTYPES = dict(F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, U8=torch.uint8, BOOL=torch.bool)
 TURNED = ('c_attn.weight', 'c_fc.weight', 'c_proj.weight')  # Hugging Face keeps these matrices the other way round
 
@@ -586,13 +596,70 @@ def to_onnx(model, path):
 CARDS = 8, 12, 16, 24, 40, 48, 80, 141, 192  # GB that GPUs have
 
 
+WHAT = dict(wte='token id -> vector', wpe='position -> vector, added', drop='dropout', ln_1='normalise each token',
+            attn='gather from earlier tokens', c_attn='queries, keys, values', c_proj='back to the stream, added',
+            ln_2='normalise each token', c_fc='widen', ln_f='normalise each token', lm_head='score every token')
+
+
+@torch.no_grad()
+def follow(model, tok, text, layer, head):
+    """One forward pass, step by step: what comes out of every module, whom a head of a layer attends to, and what the
+    model would say next after each block. Returns the logits."""
+    check(dict(layer=layer, head=head), 'layer >= 0', f'layer < {model.config.n_layer}', 'head >= 0',
+          f'head < {model.config.n_head}')
+    ids, outputs, attention = tok.encode(text, special=True).tolist(), {}, []
+    if not 0 < len(ids) <= model.config.block_size:
+        raise UserError(f'trace={text!r} is {len(ids)} tokens: from 1 to block_size={model.config.block_size} of them')
+    piece = lambda i: repr(tok.decode_bytes([i]).decode('utf-8', 'replace'))[1:-1]  # noqa: E731
+    attend = F.scaled_dot_product_attention
+
+    def look(q, k, v, *args, **kwargs):  # the fast function never shows its weights: the slow way, beside it
+        scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+        future = torch.ones_like(scores, dtype=torch.bool).triu(1)
+        attention.append(scores.masked_fill(future, -math.inf).softmax(-1)[0])  # (heads, T, T)
+        return attend(q, k, v, *args, **kwargs)
+
+    hooks = [module.register_forward_hook(lambda module, _, out, name=name: outputs.update({name: out}))
+             for name, module in model.named_modules()]
+    F.scaled_dot_product_attention = look
+    try:
+        logits = model(torch.tensor([ids]))[0]
+    finally:
+        F.scaled_dot_product_attention = attend
+        for hook in hooks:
+            hook.remove()
+
+    print(f'{len(ids)} tokens: ' + ' '.join(f'{piece(i)!r}={i}' for i in ids))
+    print(f'\n{"what comes out of":<30}{"shape":<20}{"mean":>8}{"std":>8}  what it did')
+    for name, out in outputs.items():
+        inside = re.match(r'transformer\.h\.(\d+)\.', name)
+        last = name.split('.')[-1]
+        what = 'the stream after this block' if last.isdigit() else WHAT.get(last)
+        if what and (not inside or int(inside[1]) == layer):
+            print(f'{name:<30}{str(tuple(out.shape)):<20}{out.mean():>8.3f}{out.std():>8.3f}  {what}')
+
+    print(f'\nlayer {layer}, head {head}: how much each token (a row) takes from those up to itself (columns)\n'
+          'from . for 10% and more, over : - = + * # and %, to @ for 90%')
+    labels = [piece(i)[:12] for i in ids]
+    for row in range(max(map(len, labels))):
+        print(' ' * 14 + ' '.join(label.rjust(max(map(len, labels)))[row] for label in labels))
+    for label, weights in zip(labels, attention[layer][head], strict=True):
+        print(f'{label:>12}  ' + ' '.join(' .:-=+*#%@'[min(9, int(w * 10))] for w in weights.tolist()).rstrip())
+
+    print('\nafter block    length of the stream    what it would say next, were this the last')
+    for i in range(model.config.n_layer):
+        x = outputs[f'transformer.h.{i}']
+        scores = model.lm_head(model.transformer.ln_f(x[:, -1]))[0, :tok.n_vocab]
+        chances, likely = scores.softmax(-1).topk(min(5, tok.n_vocab))
+        guesses = '  '.join(f'{piece(i)!r} {p:.1%}' for i, p in zip(likely.tolist(), chances.tolist(), strict=True))
+        print(f'{i:>11}{x.norm(dim=-1).mean():>24.2f}    {guesses}')
+    return logits
+
+
 def explain(config, batch_size, dtype):
     """Print every module of a model with what it does, its output's shape, parameters and forward FLOPs; then totals
     and the memory that training takes. Fake tensors have shapes but no numbers, so that any size is instant."""
     from torch._subclasses.fake_tensor import FakeTensorMode
-    what = dict(wte='token id -> vector', wpe='position -> vector, added', drop='dropout', ln_1='normalise each token',
-                attn='gather from earlier tokens', c_attn='queries, keys, values', c_proj='back to the stream, added',
-                ln_2='normalise each token', c_fc='widen', ln_f='normalise each token', lm_head='score every token')
     shapes, saved = {}, {}
 
     def keep(tensor):  # called for whatever autograd holds on to until the backward pass; each storage counts once
@@ -611,7 +678,7 @@ def explain(config, batch_size, dtype):
     with FakeTensorMode():
         model = GPT(config)
         for name, module in model.named_modules():
-            if name.split('.')[-1] in what:
+            if name.split('.')[-1] in WHAT:
                 module.register_forward_hook(lambda module, _, out, name=name: shapes.update({name: tuple(out.shape)}))
         idx = torch.zeros(batch_size, config.block_size, dtype=torch.long)
         kept, outside = activations(False), activations(True)
@@ -627,12 +694,13 @@ def explain(config, batch_size, dtype):
             flops = 2 * tokens * module.weight.numel() if isinstance(module, nn.Linear) else 0
             if isinstance(module, CausalSelfAttention):  # q k^T and its product with v
                 flops = 4 * tokens * config.block_size * config.n_embd
-            print(f'{name:<30}{what[name.split(".")[-1]]:<30}{str(shapes[name]):<22}'
+            print(f'{name:<30}{WHAT[name.split(".")[-1]]:<30}{str(shapes[name]):<22}'
                   f'{"tied to wte" if tied else f"{parameters:,}":>14}{flops / 1e9:>16,.3f}')
     n = model.num_params()
     print(f'\nparameters {n:,}; to train on one token takes {model.flops_per_token() / 1e9:,.3f} GFLOPs, '
           f'on a batch of {batch_size} x {config.block_size} {model.flops_per_token() * tokens / 1e12:,.3f} TFLOPs')
-
+    print('weights alone, in MB: ' + ', '.join(f'{size * n / 1e6:,.1f} in {name}' for name, size in (
+        ('float32', 4), ('bfloat16', 2), ('int8', 1))) + '\n')
     inside = (kept - outside) / config.n_layer  # with activation_checkpointing: of one block, and what enters each
     fewer = outside + inside + 4 * tokens * config.n_embd * config.n_layer
     block = sum(p.numel() for p in model.transformer.h[0].parameters())
@@ -649,6 +717,9 @@ def explain(config, batch_size, dtype):
 
 if __name__ == '__main__':
     init_from = ''      # the model to explain or export: the folder of a run, a checkpoint, gpt2-xl, ...; '': random
+    trace = ''          # a text: show how it goes through the model, step by step
+    layer = 0           # of the trace: whose attention to show
+    head = 0            # and of which of its heads
     export_dir = ''     # write it there for Hugging Face's transformers
     export_onnx = ''    # write it to this file for ONNX runtimes
     batch_size = 8      # to explain: how many windows are trained on at once
@@ -665,7 +736,19 @@ if __name__ == '__main__':
             to_huggingface(checkpoint, export_dir)
         if export_onnx:
             to_onnx(GPT.from_checkpoint(checkpoint, dropout=0.0).eval(), export_onnx)
-    else:
+    elif trace:
+        spec = dict(type='char', chars=''.join(sorted(set(trace))))
         if init_from:
+            checkpoint = load_checkpoint(init_from)
+            model, spec = GPT.from_checkpoint(checkpoint, dropout=0.0), checkpoint['tokenizer']
+        else:
+            config.vocab_size = len(spec['chars'])
+            model = GPT(config)
+        follow(model.eval(), get_tokenizer(spec), trace, layer, head)
+    else:
+        if init_from in SIZES:  # known without the weights
+            n_layer, n_head, n_embd = SIZES[init_from]
+            config = GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
+        elif init_from:
             config = GPTConfig(**load_checkpoint(init_from)['model_args'])
         explain(config, batch_size, dtype)

@@ -29,6 +29,7 @@ import pytest
 import torch
 
 import bench
+import model
 import prepare
 import train
 from configurator import UserError, configure, resolve
@@ -1508,6 +1509,23 @@ def test_model_explains_itself(capsys):
     weights = {p.data_ptr() for p in model.parameters()}
     real = sum(t.untyped_storage().nbytes() for ptr, t in held.items() if ptr not in weights) / 1e6
     assert float(re.search(r'with ddp( +[\d.]+){3} +([\d.]+)', text)[2]) == pytest.approx(real, abs=0.06) and real > 0.5
+
+
+def test_a_trace_shows_the_pass_that_it_traces(run, data, capsys):
+    """The same logits as without looking, every token named on both sides of the map, every block's guess."""
+    checkpoint = load_checkpoint(str(run))
+    net, tok = GPT.from_checkpoint(checkpoint).eval(), get_tokenizer(checkpoint['tokenizer'])
+    logits = model.follow(net, tok, 'To be', 1, 0)
+    with torch.no_grad():
+        assert torch.equal(logits, net(torch.from_numpy(tok.encode('To be')[None].astype(np.int64)))[0])
+    text = capsys.readouterr().out
+    assert 'T o   b e' in text and re.search(r'^ +b  [ .:=+*#%@-]+$', text, re.MULTILINE) and text.count('%  ') >= 8
+    probability = logits[0, -1, :tok.n_vocab].softmax(-1).max()
+    assert f' {probability:.1%}  ' in text.splitlines()[-1]
+    main('model.py', '--n_layer=1', '--n_head=2', '--n_embd=8', '--trace=abc')  # a random model of these characters
+    for wrong, message in (('--head=2', 'head=2: it has to be < 2'), (f'--trace={"x" * 2000}', '2000 tokens')):
+        with pytest.raises(UserError, match=message):
+            main('model.py', '--n_layer=1', '--n_head=2', '--n_embd=8', '--trace=abc', wrong)
 
 
 def json_line(capsys, *args):
