@@ -8,6 +8,7 @@ $ python bench.py --task=prepare                                  # tokenizers
 $ python bench.py --task=generate --vs=../nanoGPT                 # and the same with another code, in turn
 $ python bench.py --task=hellaswag --init_from=gpt2               # how often it picks the sensible ending of four
 $ python bench.py --task=loss --init_from=gpt2 --source=book.txt --stride=512   # perplexity and bits per byte
+$ python bench.py --task=curves --runs=out-a,out-b --plot=curves.png            # their losses by step, tokens and time
 
 The last line is the result as JSON. Under torchrun, train measures DDP; hellaswag and loss are shared among the GPUs.
 """
@@ -39,10 +40,12 @@ from model import GPT, GPTConfig, load_checkpoint
 from prepare import DATA, SHAKESPEARE, Progress, download, get_tokenizer, load_dataset, locate, prepare, read
 from train import autocast_for, backward, compile_problem, compiled, peak_flops, update
 
-task = 'train'     # train: a training step; generate; prepare: tokenizing; hellaswag and loss: how good a model is
+task = 'train'     # train: a training step; generate; prepare: tokenizing; hellaswag, loss: how good a model is; curves
 vs = ''            # measure a checkout of nanoGPT in this folder too, or for generate 'transformers', and the ratio
 init_from = ''     # the model: out-mine, x/ckpt.pt, gpt2, gpt2-xl, ...; '': a random one, of this shape
 source = ''        # hellaswag: its file, if not to be downloaded; loss: a text, or the val.bin of a dataset
+runs = ''          # curves: the folders of runs, with commas between
+plot = ''          # curves: the picture to draw (needs matplotlib); '': with characters, here
 stride = 0         # loss: a window begins so many tokens after the last; 0: half of its length
 prompt = 32        # generate: tokens to begin with
 new_tokens = 128   # generate: tokens to write
@@ -363,6 +366,59 @@ def read_text(source, tok, tokenizer):
     return ids, len(tok.decode_bytes(ids[1:][ids[1:] != tok.eot]))
 
 
+def read_run(folder):
+    """What log.jsonl says of a run: {'train': [(step, tokens, seconds, loss), ...], 'val': the same}."""
+    curves, at, tokens, seconds, path = dict(train=[], val=[]), 0, 0, 0, os.path.join(folder, 'log.jsonl')
+    try:
+        with open(path, encoding='utf-8') as f:
+            for entry in map(json.loads, f):
+                if 'loss' in entry:  # of all steps since the last such entry, at the pace of these
+                    steps, at = entry['iter'] + 1 - at, entry['iter'] + 1
+                    seconds += steps * entry['time_ms'] / 1000
+                    tokens += steps * entry['tokens_per_second'] * entry['time_ms'] / 1000
+                    curves['train'].append((at, tokens, seconds, entry['loss']))
+                if 'val_loss' in entry:
+                    curves['val'].append((entry['iter'], tokens, seconds, entry['val_loss']))
+    except FileNotFoundError:
+        raise UserError(f'runs: there is no {path}') from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f'{path} is damaged ({type(error).__name__}: {error})') from None
+    if not curves['val']:
+        raise UserError(f'{path} holds no evaluation yet')
+    return curves
+
+
+def draw(runs, plot):
+    """The losses of runs {name: curves}, in a picture or with characters."""
+    axes = ('steps', 'tokens', 'seconds')
+    if plot:
+        figure, plots = optional('matplotlib.pyplot', f'plot={plot}').subplots(1, 3, figsize=(15, 4.5), sharey=True)
+        for number, (name, curves) in enumerate(runs.items()):
+            for axis, (part, label) in enumerate(zip(plots, axes, strict=True)):
+                for split, style in (('train', dict(alpha=0.3)), ('val', dict(marker='o', label=name))):
+                    part.plot([p[axis] for p in curves[split]], [p[3] for p in curves[split]], f'C{number}', **style)
+                part.set(xlabel=label, ylabel='loss (faint: train)' * (axis == 0))
+        plots[0].legend()
+        figure.tight_layout()
+        figure.savefig(plot, dpi=100)
+        print(f'{plot}: {", ".join(runs)}')
+        return
+    width, height, points = 72, 18, [p for curves in runs.values() for split in curves.values() for p in split]
+    low, high = min(p[3] for p in points), max(p[3] for p in points)
+    for axis, label in enumerate(axes):
+        most, cells = max(p[axis] for p in points) or 1, [[' '] * width for _ in range(height)]
+        for number, curves in enumerate(runs.values()):
+            for split, mark in (('train', '.'), ('val', 'abcdefghijklmnopqrstuvwxyz'[number % 26])):
+                for p in curves[split]:
+                    row = round((high - p[3]) / max(high - low, 1e-9) * (height - 1))
+                    cells[row][round(p[axis] / most * (width - 1))] = mark
+        for row, line in enumerate(cells):
+            print(f'{high - (high - low) * row / (height - 1):7.3f} |' + ''.join(line).rstrip())
+        print(f'{"":8}+{"-" * width}\n{"":9}0{f"{most:,.0f} {label}":>{width - 1}}\n')
+    marks = ', '.join(f'{"abcdefghijklmnopqrstuvwxyz"[number % 26]} {name}' for number, name in enumerate(runs))
+    print(f'val loss: {marks}; train loss: dots. --plot=curves.png makes a picture of it (pip install matplotlib)')
+
+
 def sum_up(counts, world):
     """The sum over all processes."""
     if world > 1:
@@ -396,9 +452,9 @@ if __name__ == '__main__':
     device, dtype, compile = resolve(device, dtype, compile, width=n_embd if task == 'train' else 0)
     if settings['compile'] == 'auto' and task == 'generate':
         compile = device != 'mps'
-    check(settings, "task in ('train', 'generate', 'prepare', 'hellaswag', 'loss')", 'batch_size >= 0', 'warmup >= 0',
-          'steps > 0', 'repeats > 0', 'seed >= 0', 'stride >= 0', 'prompt > 0', 'new_tokens > 0', 'megabytes > 0',
-          "optimizer in ('adamw', 'muon')", "quantize in ('', 'int8')",
+    check(settings, "task in ('train', 'generate', 'prepare', 'hellaswag', 'loss', 'curves')", 'batch_size >= 0',
+          'warmup >= 0', 'steps > 0', 'repeats > 0', 'seed >= 0', 'stride >= 0', 'prompt > 0', 'new_tokens > 0',
+          'megabytes > 0', "optimizer in ('adamw', 'muon')", "quantize in ('', 'int8')",
           "tokenizer in ('', 'char', 'gpt2', 'bpe')")
     if quantize and task == 'train':
         raise UserError(f'quantize={quantize}: weights of 8 bits cannot be trained, leave it out')
@@ -408,6 +464,13 @@ if __name__ == '__main__':
         raise UserError('task=loss needs a text: --source=FILE')
     if source and not re.match('https?://', source) and not os.path.exists(source):
         raise UserError(f'source={source!r}: no such file or folder')
+    if task == 'curves':
+        if not runs:
+            raise UserError('task=curves needs the folders of runs: --runs=out-a,out-b')
+        curves = {folder: read_run(folder) for folder in runs.split(',')}
+        draw(curves, plot)
+        print(json.dumps(dict(task=task, **{name: min(p[3] for p in run['val']) for name, run in curves.items()})))
+        sys.exit()
     if vs:
         if task in ('hellaswag', 'loss'):
             raise UserError(f'vs={vs}: this is for the tasks train, generate and prepare')

@@ -5,6 +5,7 @@ $ python sample.py --out_dir=out-shakespeare                      # the best mod
 $ python sample.py --out_dir=out --start="To be" --num_samples=1 --temperature=0.5
 $ cat prompt.txt | python sample.py --init_from=out/ckpt.pt --start=- --stop=END
 $ python sample.py --init_from=gpt2-xl --start="The meaning of life is"
+$ python sample.py --out_dir=out-shakespeare --interactive=True   # a prompt at a time; Ctrl-C ends a text, Ctrl-D all
 
 The text goes to stdout, everything else to stderr.
 """
@@ -28,6 +29,7 @@ temperature = 0.8      # 1: as the model believes, less: more predictable, 0: al
 top_k = 200            # only the k likeliest tokens; 0: all
 top_p = 1.0            # only the likeliest tokens that hold this much probability together; 1: all
 stop = ''              # end a text where this appears in it
+interactive = False    # ask for one beginning after another, and go on from each
 seed = 1337            # another seed, another text
 device = 'auto'        # 'cpu', 'cuda', 'cuda:1', 'mps'; auto: the best there is
 dtype = 'auto'         # of weights and arithmetic: 'float32', 'bfloat16', 'float16'; auto: what the device is good at
@@ -67,6 +69,38 @@ def read_start(start):
     return start
 
 
+def write(model, tok, prompt, num_samples, max_new_tokens, temperature, top_k, top_p, stop, compile):
+    """Print texts that go on from the prompt, the first of them as it is written."""
+    ids = tok.encode(prompt, special=True).tolist()
+    if not ids:  # a model has to start from something: the end of the text before, or the first character, the newline
+        ids = [tok.eot or 0]
+    if len(ids) > model.config.block_size:
+        print(f'the prompt has {len(ids)} tokens, the model sees the last {model.config.block_size}', file=sys.stderr)
+
+    writers = [Writer(stop) for _ in range(num_samples)]
+    texts = [prompt] * num_samples
+    sys.stdout.write(prompt)
+    sys.stdout.flush()
+    begin, steps = time.time(), 0
+    idx = torch.tensor([ids] * num_samples, device=model.lm_head.weight.device)
+    for step in model.generate(idx, max_new_tokens, temperature, top_k, top_p, tok.n_vocab, compile):
+        steps += 1
+        for i, token in enumerate(step.tolist()):
+            text = writers[i](tok.decode_bytes([token]))
+            texts[i] += text
+            if i == 0:
+                sys.stdout.write(text)
+                sys.stdout.flush()
+        if all(writer.ended for writer in writers):
+            break
+    seconds = time.time() - begin
+    for i, writer in enumerate(writers):
+        rest = writer(b'', final=True)
+        print(rest if i == 0 else f'---------------\n{texts[i]}{rest}', flush=True)
+    print(f'{steps * num_samples:,} tokens in {seconds:.1f} s: {steps * num_samples / max(seconds, 1e-9):,.0f} tok/s',
+          file=sys.stderr)
+
+
 if __name__ == '__main__':
     settings = configure(globals())
     check(settings, 'temperature >= 0', 'top_k >= 0', 'top_p > 0', 'top_p <= 1', 'num_samples > 0',
@@ -93,33 +127,17 @@ if __name__ == '__main__':
         if compile:
             torch._dynamo.config.suppress_errors = True  # where it cannot be compiled, go on without
 
-    ids = tok.encode(prompt, special=True).tolist()
-    if not ids:  # a model has to start from something: the end of the text before, or the first character, the newline
-        ids = [tok.eot or 0]
-    if len(ids) > model.config.block_size:
-        print(f'the prompt has {len(ids)} tokens, the model sees the last {model.config.block_size}', file=sys.stderr)
-
     torch.manual_seed(seed)
-    writers = [Writer(stop) for _ in range(num_samples)]
-    texts = [prompt] * num_samples
-    sys.stdout.write(prompt)
-    sys.stdout.flush()
-    begin, steps = time.time(), 0
-    tokens = model.generate(torch.tensor([ids] * num_samples, device=device), max_new_tokens, temperature, top_k, top_p,
-                            tok.n_vocab, compile)
-    for step in tokens:
-        steps += 1
-        for i, token in enumerate(step.tolist()):
-            text = writers[i](tok.decode_bytes([token]))
-            texts[i] += text
-            if i == 0:
-                sys.stdout.write(text)
-                sys.stdout.flush()
-        if all(writer.ended for writer in writers):
+    if not interactive:
+        write(model, tok, prompt, num_samples, max_new_tokens, temperature, top_k, top_p, stop, compile)
+    while interactive:
+        try:
+            prompt = input('> ')
+            write(model, tok, prompt, 1, max_new_tokens, temperature, top_k, top_p, stop, compile)
+        except EOFError:  # Ctrl-D
+            print()
             break
-    seconds = time.time() - begin
-    for i, writer in enumerate(writers):
-        rest = writer(b'', final=True)
-        print(rest if i == 0 else f'---------------\n{texts[i]}{rest}', flush=True)
-    print(f'{steps * num_samples:,} tokens in {seconds:.1f} s: {steps * num_samples / max(seconds, 1e-9):,.0f} tok/s',
-          file=sys.stderr)
+        except KeyboardInterrupt:  # ends the text, not the conversation
+            print()
+        except UserError as error:  # a character that the tokenizer does not know
+            print(f'error: {error}', file=sys.stderr)

@@ -82,6 +82,8 @@ def main(script, *args):
     sys.argv = [script, *map(str, args)]
     try:
         return runpy.run_path(str(HERE / script), run_name='__main__')
+    except SystemExit as end:
+        assert not end.code
     finally:
         sys.argv = argv
         for number, handler in zip((signal.SIGINT, signal.SIGTERM, signal.SIGPIPE), handlers, strict=True):
@@ -1490,6 +1492,44 @@ def test_stop_text(run, capsys):
     assert text.startswith('A') and 'e' not in text and len(text) < 300
 
 
+def test_a_conversation(run):
+    """One prompt after another; Ctrl-C ends only the text, a foreign character is only reported, Ctrl-D ends all."""
+    args = ['--interactive=True', '--max_new_tokens=1000000', '--device=cpu', f'--out_dir={run}']
+    process = start('sample.py', *args, stdin=subprocess.PIPE)
+    process.stdin.write('To be\n')
+    process.stdin.flush()
+    said = ''
+    while 'To be' not in said or len(said) < 500:
+        said += process.stdout.read(1)
+    process.send_signal(signal.SIGINT)
+    process.stdin.write('5€\n')
+    process.stdin.close()
+    rest = process.stdout.read()
+    assert process.wait(60) == 0 and "does not know '5' '€'" in rest and 'Traceback' not in rest
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='needs a pseudo terminal')
+def test_a_terminal_shows_one_line_that_changes(data, tmp_path):
+    """Steps overwrite each other, evaluations and what the model writes then stay; in a file nothing is overwritten."""
+    master, slave = os.openpty()
+    args = [*TINY, f'--dataset={data}', f'--out_dir={tmp_path}', '--sample_interval=6']
+    process = subprocess.Popen([sys.executable, HERE / 'train.py', *args], stdout=slave, stderr=subprocess.STDOUT)
+    os.close(slave)
+    said = b''
+    try:
+        while block := os.read(master, 1000):
+            said += block
+    except OSError:  # how a terminal ends on Linux
+        pass
+    os.close(master)
+    assert process.wait(60) == 0
+    kept = [line.split('\r')[-1] for line in said.decode('utf-8', 'replace').replace('\r\n', '\n').split('\n')]
+    assert said.count(b'\x1b[K\r') == 6 + said.count(b'\x1b[K\r\n')
+    assert not any(line.startswith('iter') for line in kept)
+    assert [line[:7] for line in kept if line.startswith('step')] == ['step 0:', 'step 3:', 'step 6:']
+    assert sum(line.startswith('| ') for line in kept) >= 2
+
+
 def test_model_explains_itself(capsys):
     """The table's parameters add up, and its activations are what autograd really keeps for the backward pass."""
     main('model.py', *'--n_layer=1 --n_head=2 --n_embd=128 --block_size=64 --vocab_size=50 --batch_size=4 '
@@ -1607,6 +1647,24 @@ def test_bench_measures(capsys):
     assert got['weights'] == 12 * 32 ** 2 + 64 * 32 + 4 * 3 * 32 and got['decode_per_second'] > 0  # one byte a weight
     got = json_line(capsys, '--task=prepare', '--megabytes=1', '--repeats=1', '--tokenizer=char')
     assert got['char'] > 0
+
+
+def test_curves(run, capsys, tmp_path):
+    """Steps, tokens and time as the log has them; drawn with characters, or as a picture where there is matplotlib."""
+    curves, log = bench.read_run(str(run)), losses(run)
+    assert [(p[0] - 1, p[3]) for p in curves['train']] == [(e[0], e[1]) for e in log if e[1] is not None]
+    assert [(p[0], p[3]) for p in curves['val']] == [(e[0], e[3]) for e in log if e[3] is not None]
+    assert [p[1] for p in curves['val']] == pytest.approx([0, 3 * 128, 6 * 128]) and curves['val'][-1][2] > 0
+    best = json_line(capsys, '--task=curves', f'--runs={run},{run}')[str(run)]
+    assert best == min(p[3] for p in curves['val'])
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        with pytest.raises(UserError, match='pip install matplotlib'):
+            main('bench.py', '--task=curves', f'--runs={run}', f'--plot={tmp_path}/x.png')
+    else:
+        main('bench.py', '--task=curves', f'--runs={run}', f'--plot={tmp_path}/x.png')
+        assert (tmp_path / 'x.png').read_bytes().startswith(b'\x89PNG')
 
 
 def test_bench_against_a_rival(tmp_path):

@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from configurator import UserError, check, configure, keep_memory, optional, resolve
 from model import GPT, PRETRAINED, GPTConfig, find_pretrained, load_checkpoint
-from prepare import DATA, DATASETS, SHAKESPEARE, load_dataset, prepare
+from prepare import DATA, DATASETS, SHAKESPEARE, get_tokenizer, load_dataset, prepare
 
 # in and out
 out_dir = 'out'                # where ckpt.pt, best.pt and log.jsonl go
@@ -38,6 +38,7 @@ eval_interval = 2000           # steps from one evaluation, and save, to the nex
 eval_iters = 200               # batches in an evaluation, at most
 eval_only = False              # evaluate once and leave
 log_interval = 1               # steps from one log line to the next
+sample_interval = 0            # at evaluations so many steps apart it writes a little, to be looked at; 0: never
 always_save_checkpoint = True  # False: at evaluations save ckpt.pt only when the val loss has improved
 save_interval = 0.0            # minutes from one save to the next, besides those at evaluations; 0: only these
 wandb_log = False              # also log to Weights & Biases
@@ -283,9 +284,9 @@ def cut_log(path, iter_num):
 if __name__ == '__main__':
     config = configure(globals())
     check(config, 'batch_size > 0', 'gradient_accumulation_steps > 0', 'eval_interval > 0', 'eval_iters > 0',
-          'log_interval > 0', 'save_interval >= 0', 'max_iters >= 0', 'learning_rate >= 0', 'min_lr >= 0',
-          'weight_decay >= 0', 'grad_clip >= 0', 'beta1 >= 0', 'beta1 < 1', 'beta2 >= 0', 'beta2 < 1', 'seed >= 0',
-          'seed < 2**63', 'max_skipped > 0', 'timeout > 0', "lr_schedule in ('cosine', 'linear')",
+          'log_interval > 0', 'sample_interval >= 0', 'save_interval >= 0', 'max_iters >= 0', 'learning_rate >= 0',
+          'min_lr >= 0', 'weight_decay >= 0', 'grad_clip >= 0', 'beta1 >= 0', 'beta1 < 1', 'beta2 >= 0', 'beta2 < 1',
+          'seed >= 0', 'seed < 2**63', 'max_skipped > 0', 'timeout > 0', "lr_schedule in ('cosine', 'linear')",
           "optimizer in ('adamw', 'muon')", "parallel in ('ddp', 'fsdp')")
     keep_memory()
     device, dtype, compile = resolve(device, dtype, compile, width=n_embd)
@@ -299,7 +300,15 @@ if __name__ == '__main__':
             raise UserError(f'device={config["device"]!r} under torchrun: leave it out, or say cpu or cuda')
         dist.init_process_group(f'cpu:gloo,cuda:{backend}' if device_type == 'cuda' else 'gloo',
                                 timeout=datetime.timedelta(minutes=timeout))
-    say = print if rank == 0 else lambda *args, **kwargs: None
+    terminal = sys.stdout.isatty()
+
+    def say(line, passing=False):
+        """Print a line, of one process. In a terminal a passing one gives way to the next."""
+        if rank == 0 and passing and terminal:
+            print(line[:shutil.get_terminal_size().columns - 1], end='\x1b[K\r', flush=True)
+        elif rank == 0:
+            print(line, end='\x1b[K\n' if terminal else '\n', flush=True)
+
     if dtype == 'float16' and (optimizer == 'muon' or parallel == 'fsdp'):
         raise UserError("dtype='float16' is for cards without bfloat16, which optimizer='muon' and parallel='fsdp' "
                         'need: use another dtype, or --optimizer=adamw --parallel=ddp')
@@ -353,6 +362,15 @@ if __name__ == '__main__':
             dist.all_reduce(total)
         return total.item() / count
 
+    def show_sample():
+        """What the model writes by now, from the end of a text or a newline on."""
+        tok = get_tokenizer(meta['tokenizer'])
+        start = torch.tensor([[tok.eot or 0]], device=device)
+        raw_model.eval()
+        tokens = raw_model.generate(start, min(200, 4 * block_size), 0.8, 200, None, tok.n_vocab)
+        say('| ' + tok.decode_bytes([t.item() for t in tokens]).decode('utf-8', 'replace').replace('\n', '\n| '))
+        raw_model.train()
+
     # model
     torch.manual_seed(seed)
     iter_num, best_val_loss, checkpoint = 0, math.inf, {}
@@ -392,6 +410,8 @@ if __name__ == '__main__':
     if config['compile'] == 'auto' and device_type == 'cpu':  # it takes 20 s and saves a seventh of 10 minutes or more
         compile = flops_per_step * max_iters / world > 1e14
     fsdp = ddp and parallel == 'fsdp'
+    if fsdp and sample_interval:
+        raise UserError("sample_interval: with parallel='fsdp' no process has a whole model to write with: use 0")
     fast = compiled(raw_model, device_type == 'cpu' or fsdp) if compile else raw_model
     fast = shard(fast, device_type, dtype) if fsdp else fast.to(device)
 
@@ -460,7 +480,7 @@ if __name__ == '__main__':
             try:
                 log_file.write((json.dumps(dict(iter=iter_num, **values)) + '\n').encode())
             except OSError as error:  # the disk is full, say: no reason to stop
-                say(f'warning: {log_path}: {error}', flush=True)
+                say(f'warning: {log_path}: {error}')
             if wandb_log:
                 wandb.log(values, step=iter_num)
             if tensorboard_log:
@@ -486,7 +506,7 @@ if __name__ == '__main__':
         if ddp:
             dist.broadcast_object_list(problem)
         if problem[0]:
-            say(f'warning: {problem[0]}: make room; going on, to try again at the next save', flush=True)
+            say(f'warning: {problem[0]}: make room; going on, to try again at the next save')
         return problem[0]
 
     def save_all():
@@ -513,12 +533,14 @@ if __name__ == '__main__':
     while True:
         if iter_num % eval_interval == 0 or iter_num >= max_iters or eval_only:
             losses = {split: eval_loss(split) for split in ('train', 'val')}
-            say(f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}", flush=True)
+            say(f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
             log(train_loss=losses['train'], val_loss=losses['val'])
             if eval_only:
                 break
             if not math.isfinite(losses['val']):
                 raise UserError(f"the val loss is {losses['val']} at step {iter_num}: nothing was saved. {advice}")
+            if sample_interval and iter_num % sample_interval == 0:
+                show_sample()
             better = losses['val'] < best_val_loss
             if better and not save_as('best.pt', losses['val']):
                 best_val_loss = losses['val']
@@ -543,7 +565,7 @@ if __name__ == '__main__':
 
         skipped = 0 if math.isfinite(norm) else skipped + 1
         if skipped:
-            say(f'iter {iter_num}: skipped, for the norm of its gradient is {norm}, {skipped} in a row', flush=True)
+            say(f'iter {iter_num}: skipped, for the norm of its gradient is {norm}, {skipped} in a row')
             log(skipped=skipped)
             if skipped >= max_skipped:
                 raise UserError(f'{skipped} steps in a row had no finite gradient (max_skipped={max_skipped}), the '
@@ -559,7 +581,7 @@ if __name__ == '__main__':
             mfu = f', mfu {flops_per_step / seconds / (peak * world):.2%}' if peak else ''
             eta = datetime.timedelta(seconds=min(10**9, round(seconds * (max_iters - iter_num - 1))))
             say(f'iter {iter_num}: loss {loss:.4f}, time {seconds * 1000:.2f}ms{mfu}, lr {lr:.2e}, norm {norm:.2f}, '
-                f'{rate:,.0f} tok/s, eta {eta}', flush=True)
+                f'{rate:,.0f} tok/s, eta {eta}', passing=True)
             log(loss=loss, lr=lr, grad_norm=norm, time_ms=seconds * 1000, tokens_per_second=rate)
         iter_num += 1
 
