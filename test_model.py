@@ -13,6 +13,7 @@ import os
 import pickle
 import re
 import runpy
+import shlex
 import shutil
 import signal
 import socket
@@ -1755,6 +1756,49 @@ def test_bad_input_is_one_line_and_harms_nothing(script, args, message, bad, run
         main(script, *args)
     assert '\n' not in str(error.value)
     assert before == {p.name: p.read_bytes() for p in run.iterdir()} and not list(tmp_path.iterdir())
+
+
+SHORT = {'train.py': ['--max_iters=2', '--lr_decay_iters=2', '--eval_iters=1'], 'sample.py': ['--max_new_tokens=3'],
+         'bench.py': ('--n_layer=1 --n_head=2 --n_embd=32 --block_size=32 --vocab_size=64 --steps=1 --warmup=1 '
+                      '--repeats=1 --new_tokens=4 --prompt=4 --compile=False').split()}
+DRIVER = """
+import json, runpy, subprocess, sys
+sys.path.insert(0, '')
+for command, args in json.load(sys.stdin):
+    print('$', command, flush=True)
+    if args:
+        sys.argv = args
+        try:
+            runpy.run_path(args[0], run_name='__main__')
+        except SystemExit as end:
+            assert not end.code, end.code
+    else:
+        subprocess.run(command, shell=True, check=True)
+"""
+
+
+def test_every_command_of_the_readme_runs(tmp_path):
+    """All that need no download, no rival and no second process, in the order of the README, cut short, in a clone."""
+    blocks = re.findall(r'```sh\n(.*?)```', (HERE / 'README.md').read_text(encoding='utf-8'), re.DOTALL)
+    lines = [line.strip() for block in blocks for line in re.split(r'\n|&&', block.replace('\\\n', ' '))]
+    commands, needs = [], r'pip |torchrun|git |gpt2|nanoGPT|--vs|fineweb|openwebtext|eval_gpt2|--task=prepare$'
+    for line in lines:
+        command = shlex.split(line, comments=True)
+        if not command or re.search(needs, shlex.join(command)):
+            continue
+        args = None
+        if command[0] == 'python':
+            args = [command[1], *['--device=cpu'] * (command[1] in SHORT), *command[2:], *SHORT.get(command[1], [])]
+        commands.append((line, args))
+    assert len(commands) > 25
+    ignored = shutil.ignore_patterns('.*', 'out*', '__pycache__', '*.bin', 'meta.json')
+    shutil.copytree(HERE, tmp_path / 'clone', ignore=ignored)
+    for name in ('my_texts', 'more_texts'):
+        (tmp_path / 'clone' / name).mkdir()
+        shutil.copy(HERE / 'README.md', tmp_path / 'clone' / name / 'a.txt')
+    done = subprocess.run([sys.executable, '-c', DRIVER], input=json.dumps(commands), capture_output=True, text=True,
+                          cwd=tmp_path / 'clone', timeout=200)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
 
 def test_the_embedded_text_needs_no_preparing(tmp_path):
