@@ -126,7 +126,42 @@ def gpt2_files(monkeypatch, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The model, piece by piece, each against its definition.
+# A GPT in exercises. Each test shows one idea as its definition, in the order in which a text meets them: read it, then
+# look in model.py for the fast version. First, where tokens stand.
+
+def test_without_positions_the_past_has_no_order():
+    """To one layer of attention the earlier tokens are a set. (To two they are not: what the second layer sees of an
+    early token depends on how few tokens that could see itself.)"""
+    model, idx = tiny(n_layer=1), torch.tensor([[1, 2, 3, 4, 5]])
+    swapped, last = torch.tensor([[3, 1, 4, 2, 5]]), lambda idx: model(idx)[0][0, -1]
+    assert not torch.allclose(last(idx), last(swapped), atol=1e-3)
+    model.transformer.wpe.weight.data.zero_()
+    torch.testing.assert_close(last(idx), last(swapped))
+
+
+def test_rope_is_a_rotation_of_complex_numbers():
+    """Pair i of a head turns by position * 10000^(-i / pairs); scores depend on distance alone."""
+    seen = []
+    model = tiny(rope=True)
+    model.transformer.h[0].attn.register_forward_hook(lambda module, args, out: seen.append(args[1]))
+    model(torch.zeros(1, 12, dtype=torch.long))
+    x = torch.randn(1, 2, 12, 16)
+    turned = rotate(x, seen[0])
+    angle = torch.arange(12)[:, None] * 10000 ** (-torch.arange(8) / 8)
+    z = torch.complex(x[..., :8], x[..., 8:]) * torch.polar(torch.ones(12, 8), angle)
+    torch.testing.assert_close(turned, torch.cat((z.real, z.imag), dim=-1))
+    q, k = (rotate(torch.randn(16).expand(12, 16), seen[0]) for _ in range(2))
+    torch.testing.assert_close(q[3] @ k[1], q[11] @ k[9], rtol=1e-4, atol=1e-4)
+
+
+# One block: norm, attention, MLP, and the stream that they add to.
+
+def test_layer_norm_is_mean_zero_variance_one():
+    """Every token by itself: minus its mean, over its standard deviation, times a weight, plus a bias."""
+    norm, x = tiny().transformer.ln_f, torch.randn(2, 3, 32) * 5 + 1
+    mean, variance = x.mean(-1, keepdim=True), x.var(-1, keepdim=True, correction=0)
+    torch.testing.assert_close(norm(x), (x - mean) / (variance + 1e-5).sqrt() * norm.weight + norm.bias)
+
 
 @pytest.mark.parametrize('qk_norm', [False, True])
 def test_attention_is_a_masked_softmax_average(qk_norm):
@@ -146,11 +181,25 @@ def test_attention_is_a_masked_softmax_average(qk_norm):
     torch.testing.assert_close(attn(x), expected)
 
 
-def test_layer_norm_is_mean_zero_variance_one():
-    """Every token by itself: minus its mean, over its standard deviation, times a weight, plus a bias."""
-    norm, x = tiny().transformer.ln_f, torch.randn(2, 3, 32) * 5 + 1
-    mean, variance = x.mean(-1, keepdim=True), x.var(-1, keepdim=True, correction=0)
-    torch.testing.assert_close(norm(x), (x - mean) / (variance + 1e-5).sqrt() * norm.weight + norm.bias)
+@pytest.mark.parametrize('flags', FLAGS, ids=str)
+def test_nobody_sees_the_future(flags):
+    """Changing a token changes the scores from its position on, and none before."""
+    model, idx = tiny(**flags), torch.randint(11, (1, 16))
+    other = idx.clone()
+    other[0, 9] = (idx[0, 9] + 1) % 11
+    same = torch.isclose(model(idx)[0], model(other)[0], atol=1e-6).all(-1)[0]
+    assert same[:9].all() and not same[9:].any()
+
+
+def test_gelu_is_relu_with_its_corner_rounded_off():
+    """Far from zero they agree; near it GELU is smooth, and below zero still has a slope to learn from."""
+    x = torch.tensor([-4.0, -1.0, -0.5, 0.0, 0.5, 1.0, 4.0], requires_grad=True)
+    relu, gelu = torch.nn.functional.relu(x), torch.nn.functional.gelu(x, approximate='tanh')
+    by_hand = x.detach() * torch.distributions.Normal(0, 1).cdf(x.detach())  # x * P(a normal number < x)
+    torch.testing.assert_close(gelu.detach(), by_hand, atol=1e-3, rtol=0)
+    assert (gelu - relu).abs()[[0, 6]].max() < 1e-3 and (gelu - relu).abs().max() > 0.1
+    slope = [torch.autograd.grad(y[2], x, retain_graph=True)[0][2].item() for y in (relu, gelu)]
+    assert slope[0] == 0 and slope[1] > 0.1
 
 
 def test_mlp_bends_with_tanh_gelu_or_squared_relu():
@@ -160,6 +209,44 @@ def test_mlp_bends_with_tanh_gelu_or_squared_relu():
         mlp = tiny(relu2=flag).transformer.h[0].mlp
         wide = x @ mlp.c_fc.weight.T + mlp.c_fc.bias
         torch.testing.assert_close(mlp(x), bend(wide) @ mlp.c_proj.weight.T + mlp.c_proj.bias)
+
+
+def test_the_stream_is_the_sum_of_what_was_added_to_it():
+    """What reaches the last norm: the embeddings, plus every attention's and every MLP's contribution."""
+    model, added = tiny(n_layer=3), []
+    for module in (model.transformer.drop, *(m for b in model.transformer.h for m in (b.attn, b.mlp))):
+        module.register_forward_hook(lambda module, args, out: added.append(out))
+    model.transformer.ln_f.register_forward_hook(lambda module, args, out: added.append(-args[0]))
+    model(torch.randint(11, (2, 8)))
+    assert len(added) == 8 and sum(added).abs().max() < 1e-4
+
+
+def test_gradients_reach_the_first_layer_because_of_the_residual_stream():
+    """Without x + f(x) the gradient of a deep model has all but vanished when it arrives at the first block. The norms
+    are taken out on both sides: they would blow up what is left of it."""
+    def first_gradient(residual):
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(block_size=16, vocab_size=11, n_layer=8, n_head=2, n_embd=32))
+        for block in model.transformer.h:
+            block.ln_1 = block.ln_2 = torch.nn.Identity()
+            if not residual:
+                block.forward = lambda x, *_, block=block: block.mlp(block.attn(x))
+        idx = torch.randint(11, (4, 17))
+        model(idx[:, :-1], idx[:, 1:])[1].backward()
+        return model.transformer.h[0].attn.c_attn.weight.grad.norm().item()
+    assert first_gradient(True) > 1000 * first_gradient(False)
+
+
+# From the stream to scores, and to a loss.
+
+def test_reading_and_scoring_share_one_matrix():
+    """A token's vector on its way in is the one that scores it on its way out: its gradient is the sum of both uses."""
+    model, idx, targets = tiny(), torch.randint(11, (2, 8)), torch.randint(11, (2, 8))
+    model(idx, targets)[1].backward()
+    apart = tiny()
+    apart.lm_head.weight = torch.nn.Parameter(apart.lm_head.weight.detach().clone())
+    apart(idx, targets)[1].backward()
+    torch.testing.assert_close(model.lm_head.weight.grad, apart.transformer.wte.weight.grad + apart.lm_head.weight.grad)
 
 
 def test_loss_is_mean_negative_log_probability():
@@ -173,30 +260,7 @@ def test_loss_is_mean_negative_log_probability():
     assert loss.item() == pytest.approx(sum(expected) / 13, rel=1e-5)
 
 
-def test_rope_is_a_rotation_of_complex_numbers():
-    """Pair i of a head turns by position * 10000^(-i / pairs); scores depend on distance alone."""
-    seen = []
-    model = tiny(rope=True)
-    model.transformer.h[0].attn.register_forward_hook(lambda module, args, out: seen.append(args[1]))
-    model(torch.zeros(1, 12, dtype=torch.long))
-    x = torch.randn(1, 2, 12, 16)
-    turned = rotate(x, seen[0])
-    angle = torch.arange(12)[:, None] * 10000 ** (-torch.arange(8) / 8)
-    z = torch.complex(x[..., :8], x[..., 8:]) * torch.polar(torch.ones(12, 8), angle)
-    torch.testing.assert_close(turned, torch.cat((z.real, z.imag), dim=-1))
-    q, k = (rotate(torch.randn(16).expand(12, 16), seen[0]) for _ in range(2))
-    torch.testing.assert_close(q[3] @ k[1], q[11] @ k[9], rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize('flags', FLAGS, ids=str)
-def test_nobody_sees_the_future(flags):
-    """Changing a token changes the scores from its position on, and none before."""
-    model, idx = tiny(**flags), torch.randint(11, (1, 16))
-    other = idx.clone()
-    other[0, 9] = (idx[0, 9] + 1) % 11
-    same = torch.isclose(model(idx)[0], model(other)[0], atol=1e-6).all(-1)[0]
-    assert same[:9].all() and not same[9:].any()
-
+# Learning.
 
 def test_initialisation():
     """At first all tokens are equally likely; what adds to the stream starts smaller the more blocks there are."""
@@ -209,6 +273,24 @@ def test_initialisation():
             assert p.std().item() == pytest.approx(0.02 / (4 if 'c_proj' in name else 1), rel=0.1), name
         else:
             assert torch.equal(p, torch.zeros_like(p) if 'bias' in name else torch.ones_like(p)), name
+
+
+def test_dropout_only_while_training():
+    model, idx = tiny(dropout=0.5), torch.randint(11, (1, 16))
+    assert torch.equal(model(idx)[0], model(idx)[0])
+    model.train()
+    assert not torch.equal(model(idx)[0], model(idx)[0])
+
+
+def test_decay_is_for_matrices():
+    """Matrices and embeddings decay, biases and norms do not, none is left out, the tied one is in once."""
+    model = tiny()
+    decays, not_decays = model.configure_optimizers('adamw', 0.1, 1e-3, (0.9, 0.95))['adamw'].param_groups
+    names = {id(p): n for n, p in model.named_parameters()}
+    assert (decays['weight_decay'], not_decays['weight_decay']) == (0.1, 0.0)
+    assert {names[id(p)].rpartition('.')[2] for p in decays['params']} == {'weight'}
+    assert all(re.search(r'ln_|bias', names[id(p)]) for p in not_decays['params'])
+    assert sorted(names) == sorted(id(p) for group in (decays, not_decays) for p in group['params'])
 
 
 @pytest.mark.parametrize('device', DEVICES)
@@ -229,29 +311,6 @@ def test_one_batch_can_be_learned_by_heart(kind, flags, device):
     assert loss.item() < 0.1
 
 
-def test_gradients_reach_the_first_layer_because_of_the_residual_stream():
-    """Without x + f(x) the gradient of a deep model has all but vanished when it arrives at the first block. The norms
-    are taken out on both sides: they would blow up what is left of it."""
-    def first_gradient(residual):
-        torch.manual_seed(0)
-        model = GPT(GPTConfig(block_size=16, vocab_size=11, n_layer=8, n_head=2, n_embd=32))
-        for block in model.transformer.h:
-            block.ln_1 = block.ln_2 = torch.nn.Identity()
-            if not residual:
-                block.forward = lambda x, *_, block=block: block.mlp(block.attn(x))
-        idx = torch.randint(11, (4, 17))
-        model(idx[:, :-1], idx[:, 1:])[1].backward()
-        return model.transformer.h[0].attn.c_attn.weight.grad.norm().item()
-    assert first_gradient(True) > 1000 * first_gradient(False)
-
-
-def test_dropout_only_while_training():
-    model, idx = tiny(dropout=0.5), torch.randint(11, (1, 16))
-    assert torch.equal(model(idx)[0], model(idx)[0])
-    model.train()
-    assert not torch.equal(model(idx)[0], model(idx)[0])
-
-
 def test_counts():
     """GPT-2's published parameter count, tied head counted once; FLOPs as 6 per weight and 12 L C T for attention."""
     with torch.device('meta'):
@@ -259,17 +318,6 @@ def test_counts():
     assert model.num_params() == 124_439_808
     weights = 124_439_808 - 1024 * 768 - 12 * (4 * 768 + 3 * 768 + 768 + 4 * 768 + 768) - 2 * 768
     assert model.flops_per_token() == 6 * weights + 12 * 12 * 768 * 1024
-
-
-def test_decay_is_for_matrices():
-    """Matrices and embeddings decay, biases and norms do not, none is left out, the tied one is in once."""
-    model = tiny()
-    decays, not_decays = model.configure_optimizers('adamw', 0.1, 1e-3, (0.9, 0.95))['adamw'].param_groups
-    names = {id(p): n for n, p in model.named_parameters()}
-    assert (decays['weight_decay'], not_decays['weight_decay']) == (0.1, 0.0)
-    assert {names[id(p)].rpartition('.')[2] for p in decays['params']} == {'weight'}
-    assert all(re.search(r'ln_|bias', names[id(p)]) for p in not_decays['params'])
-    assert sorted(names) == sorted(id(p) for group in (decays, not_decays) for p in group['params'])
 
 
 def test_cropping_keeps_the_first_positions():
