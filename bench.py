@@ -368,17 +368,20 @@ def read_text(source, tok, tokenizer):
 
 def read_run(folder):
     """What log.jsonl says of a run: {'train': [(step, tokens, seconds, loss), ...], 'val': the same}."""
-    curves, at, tokens, seconds, path = dict(train=[], val=[]), 0, 0, 0, os.path.join(folder, 'log.jsonl')
+    curves, path = dict(train=[], val=[]), os.path.join(folder, 'log.jsonl')
+    at = seconds = pace = per_step = 0  # steps and time up to the last entry; time and tokens of one step
     try:
         with open(path, encoding='utf-8') as f:
             for entry in map(json.loads, f):
-                if 'loss' in entry:  # of all steps since the last such entry, at the pace of these
-                    steps, at = entry['iter'] + 1 - at, entry['iter'] + 1
-                    seconds += steps * entry['time_ms'] / 1000
-                    tokens += steps * entry['tokens_per_second'] * entry['time_ms'] / 1000
-                    curves['train'].append((at, tokens, seconds, entry['loss']))
+                if 'loss' in entry:
+                    pace = entry['time_ms'] / 1000
+                    per_step = round(pace * entry['tokens_per_second'])
+                    seconds += (entry['iter'] + 1 - at) * pace
+                    at = entry['iter'] + 1
+                    curves['train'].append((at, at * per_step, seconds, entry['loss']))
                 if 'val_loss' in entry:
-                    curves['val'].append((entry['iter'], tokens, seconds, entry['val_loss']))
+                    step = entry['iter']
+                    curves['val'].append((step, step * per_step, seconds + (step - at) * pace, entry['val_loss']))
     except FileNotFoundError:
         raise UserError(f'runs: there is no {path}') from None
     except (ValueError, KeyError, TypeError) as error:
