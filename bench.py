@@ -372,14 +372,18 @@ def read_run(folder):
     at = seconds = pace = per_step = 0  # steps and time up to the last entry; time and tokens of one step
     try:
         with open(path, encoding='utf-8') as f:
-            for entry in map(json.loads, f):
+            for line in f:
+                try:
+                    entry = json.loads(line)
+                except ValueError:  # half a line, as a kill or a full disk leaves it
+                    continue
                 if 'loss' in entry:
                     pace = entry['time_ms'] / 1000
                     per_step = round(pace * entry['tokens_per_second'])
                     seconds += (entry['iter'] + 1 - at) * pace
                     at = entry['iter'] + 1
                     curves['train'].append((at, at * per_step, seconds, entry['loss']))
-                if 'val_loss' in entry:
+                if 'val_loss' in entry and math.isfinite(entry['val_loss']):
                     step = entry['iter']
                     curves['val'].append((step, step * per_step, seconds + (step - at) * pace, entry['val_loss']))
     except FileNotFoundError:

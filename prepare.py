@@ -7,7 +7,7 @@ $ python prepare.py --dataset=mine --source=my_texts/ --tokenizer=bpe --vocab_si
 $ python prepare.py --dataset=fineweb --shards=10        # FineWeb, a billion tokens of its ten
 
 A source is a text file, .jsonl with a "text" field, either of them gzipped, .parquet with a text column, a folder of
-such files, or the http(s) address of one. Text is streamed: it may be larger than memory. Tokenizers: char, gpt2, bpe
+such files, or the https address of one. Text is streamed: it may be larger than memory. Tokenizers: char, gpt2, bpe
 (trained on this very text, in any language), sp:FILE.model (a SentencePiece model), data/NAME/meta.json (what that
 dataset has, to finetune its models on this text).
 """

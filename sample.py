@@ -110,6 +110,8 @@ if __name__ == '__main__':
     if hasattr(signal, 'SIGPIPE'):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # sample.py | head ends quietly
 
+    if interactive and start:
+        raise UserError('interactive=True asks for the beginnings: leave --start out')
     prompt = read_start(start)
     checkpoint = load_checkpoint(out_dir if init_from == 'resume' else init_from)
     device, dtype, compile = resolve(device, dtype, compile)
@@ -132,12 +134,13 @@ if __name__ == '__main__':
         write(model, tok, prompt, num_samples, max_new_tokens, temperature, top_k, top_p, stop, compile)
     while interactive:
         try:
-            prompt = input('> ')
+            print('> ', end='', file=sys.stderr, flush=True)
+            prompt = input()
             write(model, tok, prompt, 1, max_new_tokens, temperature, top_k, top_p, stop, compile)
         except EOFError:  # Ctrl-D
             print()
             break
         except KeyboardInterrupt:  # ends the text, not the conversation
             print()
-        except UserError as error:  # a character that the tokenizer does not know
+        except (UserError, UnicodeDecodeError) as error:  # a character that tokenizer or terminal do not know
             print(f'error: {error}', file=sys.stderr)

@@ -158,10 +158,10 @@ def backward(model, optimizers, scaler, batches, grad_clip, autocast):
 def update(model, optimizers, scaler, norm):
     """Take the step, unless its gradient is not finite. Returns its norm, for which it waits for the device."""
     norm = norm.item()
-    if math.isfinite(norm) or scaler.is_enabled():  # the scaler skips by itself, and then scales less
+    if math.isfinite(norm):
         for optimizer in optimizers.values():
             scaler.step(optimizer)
-        scaler.update()
+    scaler.update()
     model.zero_grad(set_to_none=True)
     return norm
 
@@ -173,10 +173,11 @@ def whole(tensor):
 
 def shard(model, device_type, dtype):
     """Share out weights, gradients and the optimizer's state among all processes. The weights of a block are gathered
-    when its turn comes, in dtype, and let go of after it."""
+    when its turn comes, on a GPU in dtype, and let go of after it."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     mesh = dist.init_device_mesh(device_type, (dist.get_world_size(),))
-    policy = MixedPrecisionPolicy(getattr(torch, dtype), reduce_dtype=torch.float32, cast_forward_inputs=False)
+    gathered = getattr(torch, dtype) if device_type == 'cuda' else None  # LayerNorm on a CPU cannot mix two dtypes
+    policy = MixedPrecisionPolicy(gathered, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.transformer.h:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     return fully_shard(model, mesh=mesh)
@@ -240,17 +241,20 @@ def save(checkpoint, path):
             f.flush()
             os.fsync(f.fileno())
         os.replace(path + '.tmp', path)
-        if os.name == 'posix':
-            folder = os.open(os.path.dirname(path) or '.', os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
     except (OSError, RuntimeError) as error:  # a RuntimeError of torch's writer stands for any error of the file's
+        free, needed = 0, sum(t.nbytes for t in tree_leaves(checkpoint) if torch.is_tensor(t))
         with contextlib.suppress(OSError):
             os.remove(path + '.tmp')
-        needed = sum(t.nbytes for t in tree_leaves(checkpoint) if torch.is_tensor(t))
-        free = shutil.disk_usage(os.path.dirname(path) or '.').free
+        with contextlib.suppress(OSError):  # the folder itself may be gone
+            free = shutil.disk_usage(os.path.dirname(path) or '.').free
         return (f'{path} could not be saved ({str(error).splitlines()[0][:120]}): it takes {needed / 1e6:,.1f} MB and '
                 f'{free / 1e6:,.1f} MB are free there')
+    with contextlib.suppress(OSError):  # not every system and file system can do this for a folder
+        folder = os.open(os.path.dirname(path) or '.', os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def set_aside(out_dir):
@@ -312,6 +316,9 @@ if __name__ == '__main__':
     if dtype == 'float16' and (optimizer == 'muon' or parallel == 'fsdp'):
         raise UserError("dtype='float16' is for cards without bfloat16, which optimizer='muon' and parallel='fsdp' "
                         'need: use another dtype, or --optimizer=adamw --parallel=ddp')
+    if device_type == 'mps' and activation_checkpointing and dropout:
+        raise UserError('activation_checkpointing=True: on mps torch would drop other activations the second time: use '
+                        'dropout=0')
     if gradient_accumulation_steps % world:
         raise UserError(f'gradient_accumulation_steps={gradient_accumulation_steps} must be a multiple of the {world} '
                         f'processes: use {math.ceil(gradient_accumulation_steps / world) * world}')
@@ -364,22 +371,28 @@ if __name__ == '__main__':
 
     def show_sample():
         """What the model writes by now, from the end of a text or a newline on."""
+        if rank > 0:
+            return
         tok = get_tokenizer(meta['tokenizer'])
         start = torch.tensor([[tok.eot or 0]], device=device)
         raw_model.eval()
-        tokens = raw_model.generate(start, min(200, 4 * block_size), 0.8, 200, None, tok.n_vocab)
-        say('| ' + tok.decode_bytes([t.item() for t in tokens]).decode('utf-8', 'replace').replace('\n', '\n| '))
+        with torch.compiler.set_stance('force_eager'):  # nothing is compiled for so little
+            ids = [token.item() for token in raw_model.generate(start, 200, 0.8, 200, None, tok.n_vocab)]
+        say('| ' + tok.decode_bytes(ids).decode('utf-8', 'replace').replace('\n', '\n| '))
         raw_model.train()
 
     # model
     torch.manual_seed(seed)
     iter_num, best_val_loss, checkpoint = 0, math.inf, {}
     newest, torchrun_id = os.path.join(out_dir, 'ckpt.pt'), os.environ.get('TORCHELASTIC_RUN_ID', '')
-    if ddp:  # has torchrun started us again? The first process decides: others may have been there all along
-        restarted = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0 or torchrun_id != 'none'
-        if rank == 0 and restarted and os.path.exists(newest):
-            if load_checkpoint(newest).get('torchrun_id') == torchrun_id:
-                init_from = 'resume'
+    if torchrun_id == 'none':  # its own name for a run on one machine, whose agent started this process
+        torchrun_id = f'none-{os.getppid()}'
+    if ddp:  # has torchrun started us again? One process decides: on several machines each has a count of its own
+        count, machines = (int(os.environ.get(k, 0)) for k in ('TORCHELASTIC_RESTART_COUNT', 'GROUP_WORLD_SIZE'))
+        if rank == 0 and torchrun_id and (count > 0 or machines > 1) and os.path.exists(newest):
+            with contextlib.suppress(UserError):  # something else, that cannot be read, is not our checkpoint
+                if load_checkpoint(newest).get('torchrun_id') == torchrun_id:
+                    init_from = 'resume'
         choice = [init_from]
         dist.broadcast_object_list(choice)
         init_from = choice[0]
@@ -424,8 +437,8 @@ if __name__ == '__main__':
         say('compiling the model (compile=False goes without)')
         with enough_memory(batch_size, gradient_accumulation_steps):
             problem = compile_problem(model, batches(iter_num)[0], autocast)
-        if problem and config['compile'] is True:
-            raise UserError(f'compile=True, but {problem}: leave it out or mend that')
+        if problem and (config['compile'] is True or fsdp):  # FSDP was left in the middle of a step
+            raise UserError(f'{problem}: mend that, or --compile=False')
         if problem:
             say(f'{problem}: going on without it')
             torch.compiler.set_stance('force_eager')
@@ -450,7 +463,8 @@ if __name__ == '__main__':
         changed = [f'{k} {v} -> {config[k]}' for k, v in checkpoint['config'].items()
                    if k in config and config[k] != v and k != 'init_from']
         say(f'resuming {path} at step {iter_num}' + (f"; settings changed: {', '.join(changed)}" if changed else ''))
-    wandb_id, checkpoint = checkpoint.get('wandb_id'), None  # the rest of its memory is free
+    wandb_id = checkpoint.get('wandb_id') if init_from == 'resume' else None
+    checkpoint = None  # free its memory
     peak = peak_flops(device, dtype)
     say(f'{raw_model.num_params():,} parameters on {device} in {dtype}, {world} process{"es" * (world > 1)}, '
         f'{tokens_per_step:,} tokens a step, {meta["train_tokens"] / tokens_per_step:,.1f} steps an epoch')
@@ -497,6 +511,7 @@ if __name__ == '__main__':
         problem, state = [''], state | dict(model=raw_model.state_dict())
         if fsdp:
             state = tree_map(gather, state)
+            state['model']['lm_head.weight'] = state['model']['transformer.wte.weight']  # one tensor again, saved once
         if rank == 0:
             if not math.isfinite(sum(w.abs().max().item() for w in state['model'].values())):
                 raise UserError(f'a weight is not finite at step {iter_num}: nothing was saved. {advice}')
@@ -519,9 +534,10 @@ if __name__ == '__main__':
 
     def on_signal(number, frame):
         signals.append(number)
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+        if number == signal.SIGINT:  # a second Ctrl-C ends the process at once; SIGTERM comes twice from some clusters
+            signal.signal(number, signal.SIG_DFL)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM) if not eval_only else ():
         signal.signal(number, on_signal)
 
     # training
