@@ -30,7 +30,8 @@ class UserError(Exception):
 def _one_line(kind, error, trace):
     if issubclass(kind, KeyboardInterrupt):
         sys.exit(130)
-    if 'RANK' in os.environ and (kind.__name__.startswith('Dist') or re.search('gloo|NCCL', str(error))):
+    lost = kind.__name__.startswith('Dist') or kind is RuntimeError and re.search('gloo|NCCL', str(error))
+    if 'RANK' in os.environ and lost:
         kind, error = UserError, (f"process {os.environ['RANK']} has lost another one, which may have said why "
                                   f'({str(error).splitlines()[0]})')
     if not issubclass(kind, (UserError, OSError)):  # an OSError names its file: permission, disk full, ...
