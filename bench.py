@@ -415,15 +415,16 @@ def draw(runs, plot):
     for axis, label in enumerate(axes):
         most, cells = max(p[axis] for p in points) or 1, [[' '] * width for _ in range(height)]
         for number, curves in enumerate(runs.values()):
-            for split, mark in (('train', '.'), ('val', 'abcdefghijklmnopqrstuvwxyz'[number % 26])):
-                for p in curves[split]:
+            for split, mark in (('train', '.'), ('val', chr(97 + number % 26))):
+                for p in curves[split] if split == 'val' or len(runs) == 1 else ():  # whose dots would these be?
                     row = round((high - p[3]) / max(high - low, 1e-9) * (height - 1))
                     cells[row][round(p[axis] / most * (width - 1))] = mark
         for row, line in enumerate(cells):
             print(f'{high - (high - low) * row / (height - 1):7.3f} |' + ''.join(line).rstrip())
         print(f'{"":8}+{"-" * width}\n{"":9}0{f"{most:,.0f} {label}":>{width - 1}}\n')
-    marks = ', '.join(f'{"abcdefghijklmnopqrstuvwxyz"[number % 26]} {name}' for number, name in enumerate(runs))
-    print(f'val loss: {marks}; train loss: dots. --plot=curves.png makes a picture of it (pip install matplotlib)')
+    marks = ', '.join(f'{chr(97 + number % 26)} {name}' for number, name in enumerate(runs))
+    dots = '; train loss: dots' if len(runs) == 1 else ''
+    print(f'val loss: {marks}{dots}. --plot=curves.png makes a picture of it (pip install matplotlib)')
 
 
 def sum_up(counts, world):
@@ -526,6 +527,9 @@ if __name__ == '__main__':
     elif task == 'hellaswag':
         lines, result = [], hellaswag(model, items, batch_size, device, rank, world)
     else:
+        if stride > model.config.block_size:
+            raise UserError(f'stride={stride}: the model sees windows of {model.config.block_size}, and tokens between '
+                            'them would not count: use at most that')
         stride = stride or max(1, model.config.block_size // 2)
         lines, result = [], text_loss(model, ids, n_bytes, stride, batch_size, device, rank, world)
     if profile and work and world == 1:

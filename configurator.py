@@ -61,7 +61,8 @@ def configure(namespace, argv=None):
                 hint = f'did you mean {near[0]}?' if near else "--help lists them; a file's own names begin with _"
                 raise UserError(f'{arg}: unknown setting {name!r}: {hint}')
             if is_setting and not (equals and arg.startswith('--')):
-                raise UserError(f'{arg}: write --{name}={value or settings[name]}, with no space')
+                example = not defaults[name] if isinstance(defaults[name], bool) else settings[name]
+                raise UserError(f'{arg}: write --{name}={value or example}, with no space')
             settings[name] = _typed(name, value, defaults[name], arg)
     namespace.update(settings)
     return settings

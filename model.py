@@ -46,8 +46,9 @@ class GPTConfig:
         check(vars(self), 'block_size > 0', 'vocab_size > 0', 'n_layer > 0', 'n_head > 0', 'n_embd > 0', 'dropout >= 0',
               'dropout < 1')
         if self.n_embd % self.n_head:
+            step = 2 * self.n_head  # rope needs even shares
             raise UserError(f'n_embd={self.n_embd} is not divisible by n_head={self.n_head}: each head takes an equal '
-                            f'share, so use n_embd={math.ceil(self.n_embd / self.n_head) * self.n_head}')
+                            f'share, so use n_embd={math.ceil(self.n_embd / step) * step}')
         if self.rope and self.n_embd // self.n_head % 2:
             raise UserError(f'rope rotates pairs: n_embd/n_head={self.n_embd // self.n_head} must be even')
 

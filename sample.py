@@ -64,6 +64,8 @@ def read_start(start):
         if start.startswith('FILE:'):
             with open(start[5:], encoding='utf-8') as f:
                 return f.read()
+    except FileNotFoundError:
+        raise UserError(f'start={start}: there is no such file') from None
     except UnicodeDecodeError as error:
         raise UserError(f'start={start}: this is not UTF-8 text ({error})') from None
     return start

@@ -1773,7 +1773,7 @@ def bad(tmp_path_factory, run, data):
     ('train.py', '--lr_schedule=square', "it has to be in .'cosine', 'linear'"),
     ('train.py', '--n_head=5', 'n_embd=32 is not divisible by n_head=5'),
     ('train.py', '--device=cuda:77', "device='cuda:77', but this machine has"),
-    ('train.py', '--init_from=resume', 'there is no such checkpoint'),
+    ('train.py', '--init_from=resume', 'there is no .*ckpt.pt to resume: check out_dir'),
     ('train.py', '--init_from={bad}/cut.pt', 'cut.pt is damaged'),
     ('train.py', '--init_from={bad}/code.pt', 'code.pt is damaged or not a checkpoint'),
     ('train.py', '--init_from={run}/best.pt --block_size=64', 'block_size=64, but .* has 16 positions'),
@@ -1793,11 +1793,12 @@ def bad(tmp_path_factory, run, data):
     ('sample.py', '--out_dir={run} --start=5€中', "does not know '5' '€' '中'"),
     ('sample.py', '--out_dir={run} --temperature=-1', 'temperature=-1.0: it has to be >= 0'),
     ('bench.py', '--task=nothing', "task='nothing'"),
+    ('bench.py', '--task=loss --init_from={run} --source={data}/val.bin --stride=17', 'windows of 16, and'),
 ])
 def test_bad_input_is_one_line_and_harms_nothing(script, args, message, bad, run, data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = {p.name: p.read_bytes() for p in run.iterdir()}
-    args = args.format(bad=bad, run=run, tmp=tmp_path).split()
+    args = args.format(bad=bad, run=run, tmp=tmp_path, data=data).split()
     if script == 'train.py':
         args = [*TINY, f'--dataset={data}', *args]
     with pytest.raises((UserError, OSError), match=message) as error:

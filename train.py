@@ -403,6 +403,8 @@ if __name__ == '__main__':
         raw_model = GPT(GPTConfig(**shape, vocab_size=padded, dropout=dropout))
     else:
         path = newest if init_from == 'resume' else init_from
+        if init_from == 'resume' and not os.path.exists(path):
+            raise UserError(f'there is no {path} to resume: check out_dir, or leave init_from=resume out')
         checkpoint = load_checkpoint(path, *(('optimizer', 'scaler') if init_from == 'resume' else ()),
                                      data=os.path.join(DATA, dataset))
         there = checkpoint['model_args']
@@ -413,7 +415,10 @@ if __name__ == '__main__':
         if block_size > there['block_size'] or init_from == 'resume' and block_size < there['block_size']:
             raise UserError(f"block_size={block_size}, but {path} has {there['block_size']} positions: use "
                             f"--block_size={there['block_size']}, or fewer with --init_from={path}")
-        config.update({k: there[k] for k in shape if k in there and k != 'block_size'})  # the weights decide
+        kept = {k: there[k] for k in shape if k in there and k != 'block_size' and there[k] != shape[k]}
+        config.update(kept)  # the weights decide
+        if kept:
+            say(f'{path} decides: ' + ', '.join(f'{k}={v}' for k, v in kept.items()))
         raw_model = GPT.from_checkpoint(checkpoint, dropout=dropout)
         raw_model.crop_block_size(block_size)
     raw_model.recompute = activation_checkpointing
@@ -463,6 +468,8 @@ if __name__ == '__main__':
         changed = [f'{k} {v} -> {config[k]}' for k, v in checkpoint['config'].items()
                    if k in config and config[k] != v and k != 'init_from']
         say(f'resuming {path} at step {iter_num}' + (f"; settings changed: {', '.join(changed)}" if changed else ''))
+        if iter_num >= max_iters and not eval_only:
+            say(f'max_iters={max_iters} are done already: to go on, raise max_iters and lr_decay_iters')
     wandb_id = checkpoint.get('wandb_id') if init_from == 'resume' else None
     checkpoint = None  # free its memory
     peak = peak_flops(device, dtype)
