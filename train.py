@@ -80,7 +80,7 @@ device = 'auto'                # 'cpu', 'cuda', 'cuda:1', 'mps'; auto: the best 
 dtype = 'auto'                 # of the arithmetic: 'float32', 'bfloat16', 'float16'; auto: what the device is good at
 compile = 'auto'               # torch.compile: True, False; auto: on CUDA, and for long runs on a CPU
 parallel = 'ddp'               # under torchrun: 'ddp', a whole model in each process; 'fsdp', shared out among all
-activation_checkpointing = False  # keep less for the backward pass and compute it again: less memory, a third slower
+activation_checkpointing = False  # compute them again instead of keeping them: less memory, one more forward pass
 backend = 'nccl'               # how CUDA devices talk under torchrun; CPUs always use gloo
 timeout = 30.0                 # minutes that a process waits for another, before it takes that for lost
 
