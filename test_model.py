@@ -1314,11 +1314,22 @@ def test_compiled_and_in_bfloat16(data, tmp_path, monkeypatch, capsys):
     assert 'torch.compile failed' in said and 'going on without it' in said and 'val loss' in said
 
 
-def start(script, *args, torchrun=(), **kwargs):
-    """Start a script as a user would, perhaps under torchrun; its output as it comes."""
-    launch = ['-m', 'torch.distributed.run', *torchrun] if torchrun else []
-    return subprocess.Popen([sys.executable, '-u', *launch, HERE / script, *args], stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True, **kwargs)
+@pytest.fixture
+def start():
+    """Starts a script as a user would, perhaps under torchrun, whose output can be read as it comes; in the end none is
+    left behind."""
+    started = []
+    def start(script, *args, torchrun=(), **kwargs):
+        launch = ['-m', 'torch.distributed.run', *torchrun] if torchrun else []
+        started.append(subprocess.Popen([sys.executable, '-u', *launch, HERE / script, *args], text=True,
+                                        **dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT) | kwargs))
+        return started[-1]
+    yield start
+    for process in started:  # torchrun ends its workers on SIGTERM, but not on SIGKILL
+        process.terminate()
+    for process in started:
+        process.stdout.close()
+        process.wait(60)
 
 
 def until(process, beginning):
@@ -1337,7 +1348,7 @@ def same_losses(one, two, rel):
         assert [v for v in b if v is not None] == pytest.approx([v for v in a if v is not None], rel=rel)
 
 
-def test_a_run_moves_between_one_process_and_many(data, tmp_path):
+def test_a_run_moves_between_one_process_and_many(start, data, tmp_path):
     """Two processes that share the model out (FSDP), stopped by SIGTERM; then four with a whole model each (DDP), also
     stopped; then FSDP again, computing activations twice: the losses, norms and evaluations of one process."""
     args = [*TINY, f'--dataset={data}', '--dropout=0.0', '--gradient_accumulation_steps=4', '--max_iters=40',
@@ -1362,11 +1373,12 @@ def test_a_run_moves_between_one_process_and_many(data, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='looks for processes in /proc')
-def test_a_killed_worker_brings_two_nodes_back_from_the_newest_checkpoint(run, data, tmp_path):
+def test_a_killed_worker_brings_two_nodes_back_from_the_newest_checkpoint(start, run, data, tmp_path):
     """Two agents of torchrun, one worker each, find each other on this machine; one worker is killed. An older run in
     the same folder is not mistaken for this one's checkpoint."""
     shutil.copytree(run, tmp_path / 'two')
-    args = [*TINY, f'--dataset={data}', '--dropout=0.0', '--max_iters=60', '--lr_decay_iters=60', '--eval_interval=10']
+    args = [*TINY, f'--dataset={data}', '--dropout=0.0', '--max_iters=300', '--lr_decay_iters=300',
+            '--eval_interval=50', '--log_interval=10']
     main('train.py', *args, f'--out_dir={tmp_path / "one"}')
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
@@ -1374,26 +1386,20 @@ def test_a_killed_worker_brings_two_nodes_back_from_the_newest_checkpoint(run, d
     torchrun = ('--nnodes=2', '--nproc_per_node=1', '--rdzv_backend=c10d', f'--rdzv_endpoint={endpoint}',
                 '--rdzv_id=a', '--max_restarts=5')
     nodes = [start('train.py', *args, f'--out_dir={tmp_path / "two"}', torchrun=torchrun) for _ in range(2)]
-    speaks = threading.Event()
-    def listen(node):
-        for line in node.stdout:
-            if line.startswith('iter 25:'):
-                speaks.set()
-    listeners = [threading.Thread(target=listen, args=(node,)) for node in nodes]
-    for listener in listeners:
-        listener.start()
-    assert speaks.wait(60)
+    given_up, log = time.time() + 100, tmp_path / 'two' / 'log.jsonl'
+    while not log.exists() or '"iter": 70' not in log.read_text():
+        assert time.time() < given_up and all(node.poll() is None for node in nodes)
+        time.sleep(0.02)
     children = Path(f'/proc/{nodes[0].pid}/task/{nodes[0].pid}/children').read_text().split()
     os.kill(int(children[0]), signal.SIGKILL)
-    assert [node.wait(60) for node in nodes] == [0, 0]
-    for listener in listeners:
-        listener.join()
+    said = [node.communicate(timeout=100)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0] and 'at step 50' in ''.join(said), said
     same_losses(tmp_path / 'one', tmp_path / 'two', rel=1e-4)
     assert (tmp_path / 'two' / 'earlier-1' / 'ckpt.pt').read_bytes() == (run / 'ckpt.pt').read_bytes()
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='looks for processes in /proc')
-def test_a_process_that_is_lost_or_late_is_missed_in_one_line(data, tmp_path):
+def test_a_process_that_is_lost_or_late_is_missed_in_one_line(start, data, tmp_path):
     """The others end within the time-out, and say so, instead of waiting for ever or showing a traceback."""
     args = [*TINY, f'--dataset={data}', f'--out_dir={tmp_path / "out"}', '--max_iters=100000', '--timeout=0.1']
     process = start('train.py', *args, torchrun=('--standalone', '--nproc_per_node=2'))
@@ -1443,7 +1449,7 @@ def test_a_new_run_never_destroys_an_older_one(run, data, tmp_path):
     assert torch.load(tmp_path / 'out' / 'ckpt.pt', weights_only=True)['iter_num'] == 2
 
 
-def test_a_disk_that_is_full_for_a_while_stops_nothing(data, tmp_path):
+def test_a_disk_that_is_full_for_a_while_stops_nothing(start, data, tmp_path):
     """Files may not grow beyond 20 kB, until they may again: warnings, no half files, a whole checkpoint in the end.
     Where they still may not at the end, that is said, with exit code 2."""
     resource = pytest.importorskip('resource')
@@ -1542,7 +1548,7 @@ def test_stop_text(run, capsys):
     assert text.startswith('A') and 'e' not in text and len(text) < 300
 
 
-def test_a_conversation(run):
+def test_a_conversation(start, run):
     """One prompt after another; Ctrl-C ends only the text, a foreign character is only reported, Ctrl-D ends all."""
     args = ['--interactive=True', '--max_new_tokens=1000000', '--device=cpu', f'--out_dir={run}']
     process = start('sample.py', *args, stdin=subprocess.PIPE)

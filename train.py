@@ -232,6 +232,26 @@ def enough_memory(batch_size, accumulation):
         raise UserError(f'batch_size={batch_size} takes more memory than there is ({reason}): use {advice}') from None
 
 
+def meeting_point(rank, timeout):
+    """The store in which processes find each other; None: torch makes one. torchrun's own outlives its restarts, and so
+    do the addresses of dead processes in it: there the first process only says at which port it has opened another."""
+    if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True':
+        return None
+    address, port = os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT'])
+    torchrun, store, begin = dist.TCPStore(address, port, is_master=False, timeout=timeout), None, time.time()
+    if rank == 0:
+        store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False)
+        torchrun.set('port', str(store.port))
+    while not store:
+        try:
+            store = dist.TCPStore(address, int(torchrun.get('port')), timeout=datetime.timedelta(seconds=5))
+        except dist.DistError:  # the port of one that is dead: the new one is yet to come
+            if time.time() - begin > timeout.total_seconds():
+                raise
+    store.set_timeout(timeout)
+    return store
+
+
 def save(checkpoint, path):
     """Write a checkpoint so that at any moment, power cuts included, path is the old one or the new one, whole. Returns
     what went wrong, or None."""
@@ -302,8 +322,9 @@ if __name__ == '__main__':
     if ddp:
         if device not in ('cpu', f"cuda:{os.environ['LOCAL_RANK']}"):
             raise UserError(f'device={config["device"]!r} under torchrun: leave it out, or say cpu or cuda')
-        dist.init_process_group(f'cpu:gloo,cuda:{backend}' if device_type == 'cuda' else 'gloo',
-                                timeout=datetime.timedelta(minutes=timeout))
+        patience = datetime.timedelta(minutes=timeout)
+        dist.init_process_group(f'cpu:gloo,cuda:{backend}' if device_type == 'cuda' else 'gloo', timeout=patience,
+                                store=meeting_point(rank, patience), rank=rank, world_size=world)
     terminal = sys.stdout.isatty()
 
     def say(line, passing=False):
@@ -387,9 +408,8 @@ if __name__ == '__main__':
     newest, torchrun_id = os.path.join(out_dir, 'ckpt.pt'), os.environ.get('TORCHELASTIC_RUN_ID', '')
     if torchrun_id == 'none':  # its own name for a run on one machine, whose agent started this process
         torchrun_id = f'none-{os.getppid()}'
-    if ddp:  # has torchrun started us again? One process decides: on several machines each has a count of its own
-        count, machines = (int(os.environ.get(k, 0)) for k in ('TORCHELASTIC_RESTART_COUNT', 'GROUP_WORLD_SIZE'))
-        if rank == 0 and torchrun_id and (count > 0 or machines > 1) and os.path.exists(newest):
+    if ddp:  # has torchrun started us again? Its own count of that differs from machine to machine
+        if rank == 0 and torchrun_id and os.path.exists(newest):
             with contextlib.suppress(UserError):  # something else, that cannot be read, is not our checkpoint
                 if load_checkpoint(newest).get('torchrun_id') == torchrun_id:
                     init_from = 'resume'
