@@ -291,17 +291,12 @@ def set_aside(out_dir):
 
 
 def cut_log(path, iter_num):
-    """Drop what the log says of steps from iter_num on: they will be taken again."""
-    def step(line):
-        try:
-            return json.loads(line)['iter']
-        except (ValueError, KeyError, TypeError):  # not a whole line of ours: the run was killed while writing it
-            return math.inf
+    """Drop what the log says of steps from iter_num on, which will be taken again, and half lines that kills left."""
     if os.path.exists(path):
         with open(path, encoding='utf-8', errors='replace') as f:
-            kept = [line for line in f if step(line) < iter_num]
+            entries = [re.fullmatch(r'{"iter": (\d+), .*}\n', line) for line in f]
         with open(path + '.tmp', 'w', encoding='utf-8') as f:
-            f.writelines(kept)
+            f.writelines(entry[0] for entry in entries if entry and int(entry[1]) < iter_num)
         os.replace(path + '.tmp', path)
 
 
@@ -431,7 +426,7 @@ if __name__ == '__main__':
         if checkpoint['tokenizer'] != meta['tokenizer']:
             raise UserError(f"{path} has another tokenizer ({checkpoint['tokenizer']['type']}, {there['vocab_size']} "
                             f"ids) than dataset={dataset} ({meta['tokenizer']['type']}, {meta['vocab_size']} ids): "
-                            'use the dataset that it was trained on')
+                            'use the dataset that it was trained on, prepared as it was then')
         if block_size > there['block_size'] or init_from == 'resume' and block_size < there['block_size']:
             raise UserError(f"block_size={block_size}, but {path} has {there['block_size']} positions: use "
                             f"--block_size={there['block_size']}, or fewer with --init_from={path}")
