@@ -643,12 +643,15 @@ if __name__ == '__main__':
         log_file.close()
         if tensorboard_log:
             tensorboard.close()
+        if wandb_log:
+            wandb.finish()
     if ddp:
-        # Nobody leaves while rank 0 still writes. A barrier also waits outside of Python's lock, which gloo's threads
-        # need to let go of the last all_reduce's tensors: left to the end of the process, that would abort it.
-        dist.barrier()
+        dist.barrier()  # nobody leaves while rank 0 still writes
         dist.destroy_process_group()
     if unsaved:
         raise UserError(f'the end of this run is lost: {unsaved}')
-    if stop:
-        sys.exit(128 + stop)
+    code = 128 + stop if stop else 0
+    if ddp:  # at once: now and then Python's own end meets a thread of gloo that still lets go of tensors, and aborts
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
