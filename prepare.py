@@ -78,8 +78,7 @@ LONGEST = 1 << 22  # characters without such a place: then they are cut anywhere
 
 
 def code_points(text):
-    return np.frombuffer(text.encode(), np.uint8) if text.isascii() else np.frombuffer(
-        text.encode('utf-32-le', 'surrogatepass'), np.uint32)
+    return np.frombuffer(text.encode('utf-32-le', 'surrogatepass'), np.uint32)
 
 
 class CharTokenizer:
@@ -88,14 +87,11 @@ class CharTokenizer:
 
     def __init__(self, chars):
         self.chars, self.n_vocab = chars, len(chars)
-        codes = np.array([ord(c) for c in chars])
-        unknown = np.min_scalar_type(self.n_vocab).type(self.n_vocab)
-        self.ids = np.full(max(codes.max() + 2, 128), unknown)  # by code point, ASCII in any case; the last: all beyond
-        self.ids[codes] = np.arange(len(chars))
+        self.ids = np.full(sys.maxunicode + 1, self.n_vocab, np.min_scalar_type(self.n_vocab))  # by code point
+        self.ids[code_points(chars)] = np.arange(self.n_vocab)
 
     def encode(self, text, special=False):
-        codes = code_points(text)
-        ids = self.ids[codes if codes.dtype == np.uint8 else np.minimum(codes, len(self.ids) - 1)]
+        ids = self.ids.take(code_points(text))
         if len(ids) and ids.max() == self.n_vocab:
             unknown = ' '.join(repr(c) for c in sorted(set(text) - set(self.chars))[:20])
             raise UserError(f'the tokenizer does not know {unknown}: it has only the {self.n_vocab} characters of the '
@@ -126,11 +122,10 @@ class BPETokenizer:
 
     def huggingface(self):
         """The files of which transformers makes the same tokenizer: {name: content}."""
-        visible = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2's files write each byte as a letter
-        letters = {b: chr(b) for b in visible}
-        letters.update((b, chr(256 + i)) for i, b in enumerate(b for b in range(256) if b not in letters))
+        visible, others = {*range(33, 127), *range(161, 173), *range(174, 256)}, iter(range(256, 512))
+        letters = [b if b in visible else next(others) for b in range(256)]  # as GPT-2's files write bytes
         pieces = [self.encoding.decode_single_token_bytes(i) for i in range(self.n_vocab) if i != self.eot]
-        known = {piece: ''.join(letters[b] for b in piece) for piece in pieces}
+        known = {piece: piece.decode('latin-1').translate(letters) for piece in pieces}
         merges = [(known[piece[:i]], known[piece[i:]]) for piece in pieces for i in range(1, len(piece))
                   if piece[:i] in known and piece[i:] in known]  # tiktoken merges whatever makes a piece
         end = dict(id=self.eot, content=END_OF_TEXT, special=True, normalized=False, single_word=False, lstrip=False,
@@ -151,10 +146,7 @@ class SentencePieceTokenizer:
     """A SentencePiece model as it is: what its normalisation drops (newlines, usually) or does not know is lost."""
 
     def __init__(self, model):
-        try:
-            self.sp = optional('sentencepiece', 'this tokenizer').SentencePieceProcessor(model_proto=model)
-        except RuntimeError as error:
-            raise UserError(f'this is not a SentencePiece model: {error}') from None
+        self.sp = optional('sentencepiece', 'this tokenizer').SentencePieceProcessor(model_proto=model)
         self.n_vocab = self.sp.get_piece_size()
         self.eot = self.sp.eos_id() if self.sp.eos_id() >= 0 else None
 
@@ -162,42 +154,37 @@ class SentencePieceTokenizer:
         return np.array(self.sp.encode(text), np.uint32)
 
     def decode_bytes(self, ids):
-        def piece(i):
-            if self.sp.is_control(i):
-                return b''
-            text = self.sp.id_to_piece(i)
-            return bytes([int(text[3:-1], 16)]) if self.sp.is_byte(i) else text.replace('\u2581', ' ').encode()
-        return b''.join(piece(int(i)) for i in ids)
+        found = b''
+        for i in map(int, ids):
+            piece = '' if self.sp.is_control(i) else self.sp.id_to_piece(i)
+            found += bytes.fromhex(piece[3:-1]) if self.sp.is_byte(i) else piece.replace('\u2581', ' ').encode()
+        return found
 
 
 def get_tokenizer(spec):
     """The tokenizer that a spec (in meta.json and in every checkpoint) describes, all of it."""
-    try:
-        return make_tokenizer(spec)
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
-        raise UserError(f'the tokenizer in meta.json or in the checkpoint is damaged ({type(error).__name__}: '
-                        f'{" ".join(str(error).split())[:80]}): prepare the dataset again') from None
-
-
-def make_tokenizer(spec):
     import tiktoken
-    if spec['type'] == 'char':
-        return CharTokenizer(spec['chars'])
-    if spec['type'] == 'sp':
-        return SentencePieceTokenizer(base64.b64decode(spec['model']))
-    if spec['type'] == 'bpe':
-        pieces = [bytes([i]) for i in range(256)]
-        for left, right in spec['merges']:
-            pieces.append(pieces[left] + pieces[right])
-        return BPETokenizer(tiktoken.Encoding('bpe', pat_str=spec['split'], special_tokens={END_OF_TEXT: len(pieces)},
-                                              mergeable_ranks={piece: rank for rank, piece in enumerate(pieces)}))
-    if spec['type'] == 'gpt2':
-        try:
+    try:
+        if spec['type'] == 'char':
+            return CharTokenizer(spec['chars'])
+        if spec['type'] == 'gpt2':
             return BPETokenizer(tiktoken.get_encoding('gpt2'))
-        except (requests.RequestException, OSError) as error:
-            raise UserError(f"tiktoken could not download GPT-2's tokenizer, as it does once ({type(error).__name__}): "
-                            'run this with a network, or set TIKTOKEN_CACHE_DIR to a folder that tiktoken has filled '
-                            'elsewhere, or train a tokenizer here with --tokenizer=bpe') from error
+        if spec['type'] == 'sp':
+            return SentencePieceTokenizer(base64.b64decode(spec['model']))
+        if spec['type'] == 'bpe':
+            pieces = [bytes([i]) for i in range(256)]
+            for left, right in spec['merges']:
+                pieces.append(pieces[left] + pieces[right])
+            return BPETokenizer(tiktoken.Encoding(
+                'bpe', pat_str=spec['split'], special_tokens={END_OF_TEXT: len(pieces)},
+                mergeable_ranks={piece: rank for rank, piece in enumerate(pieces)}))
+    except OSError as error:
+        raise UserError(f"tiktoken could not download GPT-2's tokenizer, as it does once ({type(error).__name__}): run "
+                        'this with a network, or set TIKTOKEN_CACHE_DIR to a folder that it has filled elsewhere, or '
+                        'train a tokenizer here with --tokenizer=bpe') from error
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as error:
+        raise UserError(f'the tokenizer, of meta.json, a checkpoint or a .model, is damaged ({type(error).__name__}: '
+                        f'{str(error)[:80]}): prepare the dataset, or get the file, again') from None
     if spec['type'] == 'unknown':
         raise UserError("these weights were trained with a tokenizer that is not GPT-2's and that we cannot read")
     raise UserError(f"tokenizer {spec['type']!r}: choose char, gpt2, bpe or sp:FILE.model")
@@ -205,18 +192,14 @@ def make_tokenizer(spec):
 
 def make_spec(tokenizer, files, vocab_size):
     """The spec of a tokenizer for the text in files: what get_tokenizer needs."""
-    kind, _, path = tokenizer.partition(':')
-    if kind == 'char':
+    if tokenizer == 'char':
         seen = np.zeros(sys.maxunicode + 1, bool)
         for text, _ in read(files, 'characters'):
             seen[code_points(text)] = True
-        if not seen.any():
-            raise UserError(f'{files[0]} is empty: there is no text in it')
         return dict(type='char', chars=''.join(map(chr, np.flatnonzero(seen))))
-    if kind == 'bpe':
+    if tokenizer == 'bpe':
         import regex  # which tiktoken depends on: the same syntax as its own
-        if vocab_size < 258:
-            raise UserError(f'vocab_size={vocab_size}: a bpe starts from 256 bytes and {END_OF_TEXT}, so at least 258')
+        check(dict(vocab_size=vocab_size), 'vocab_size >= 258', 'vocab_size <= 65536')  # at least bytes and the end
         words, learned = Counter(), 0
         for text, _ in read(files, 'words'):
             words.update(regex.findall(SPLIT, text))
@@ -227,26 +210,24 @@ def make_spec(tokenizer, files, vocab_size):
         if len(merges) < vocab_size - 257:
             print(f'after {len(merges)} merges no pair occurs twice: the text has no use for vocab_size={vocab_size}')
         return dict(type='bpe', split=SPLIT, merges=merges)
-    if kind == 'sp':
-        if not os.path.isfile(path):
-            raise UserError(f'tokenizer={tokenizer}: there is no file {path!r}')
-        with open(path, 'rb') as f:
+    if tokenizer.startswith('sp:'):
+        with open(tokenizer[3:], 'rb') as f:
             return dict(type='sp', model=base64.b64encode(f.read()).decode())
-    if tokenizer.endswith('.json'):
-        if spec := read_json(tokenizer).get('tokenizer'):
+    if tokenizer.endswith(('.json', 'meta.pkl')):
+        folder, name = os.path.split(tokenizer)
+        if spec := nanogpt_tokenizer(folder) if name == 'meta.pkl' else read_json(tokenizer).get('tokenizer'):
             return spec
         raise UserError(f'tokenizer={tokenizer}: there is no such file, or no tokenizer in it')
-    if tokenizer.endswith('meta.pkl') and (spec := nanogpt_tokenizer(os.path.dirname(tokenizer))):
-        return spec
     return dict(type=tokenizer)
 
 
 def train_bpe(words, n_merges):
     """Merge the most frequent pair of neighbours into a new id, n_merges times; of equals the lowest ids come first.
 
-    words counts each distinct word. A merge touches only the words that contain its pair, and only the counts of the
-    pairs that it makes or breaks. The heap holds stale counts too, which are recognised when they come up."""
-    sequences = [(list(word.encode('utf-8', 'replace')), n) for word, n in sorted(words.items())]
+    words counts each distinct word. In sequences a word is a string with a character for each id, so that a merge is
+    its replace(). It touches only the words that contain its pair, and only the counts of the pairs that it makes or
+    breaks. The heap holds stale counts too, which are recognised when they come up."""
+    sequences = [(word.encode('utf-8', 'replace').decode('latin-1'), n) for word, n in words.items()]
     counts, places = Counter(), defaultdict(set)  # of each pair: how often, and in which words
     for i, (ids, n) in enumerate(sequences):
         for pair in pairwise(ids):
@@ -256,25 +237,19 @@ def train_bpe(words, n_merges):
     heapq.heapify(heap)
     pieces, merges = [bytes([i]) for i in range(256)], []
     known, progress = set(pieces), Progress('merges', n_merges, 'merges')
-    while heap and len(merges) < n_merges:
+    while heap and heap[0][0] < -1 and len(merges) < n_merges:
         n, pair = heapq.heappop(heap)
-        piece = pieces[pair[0]] + pieces[pair[1]]
+        left, right = map(ord, pair)
+        piece = pieces[left] + pieces[right]
         if -n != counts[pair] or piece in known:  # stale, or another way to spell a piece that exists
             continue
-        if -n < 2:
-            break
-        new = len(pieces)
         pieces.append(piece)
         known.add(piece)
-        merges.append(pair)
+        merges.append((left, right))
         change = Counter()
         for i in places.pop(pair):
             ids, n = sequences[i]
-            merged, at = [], 0
-            while at < len(ids):
-                found = ids[at] == pair[0] and at + 1 < len(ids) and ids[at + 1] == pair[1]
-                merged.append(new if found else ids[at])
-                at += 2 if found else 1
+            merged = ids.replace(''.join(pair), chr(len(pieces) - 1))
             for old in pairwise(ids):
                 change[old] -= n
             for made in pairwise(merged):
@@ -283,7 +258,7 @@ def train_bpe(words, n_merges):
             sequences[i] = merged, n
         for p, n in change.items():
             counts[p] += n
-            if n and counts[p]:
+            if n:
                 heapq.heappush(heap, (-counts[p], p))
         progress(len(merges))
     return merges
