@@ -24,7 +24,6 @@ import shutil
 import sys
 import threading
 import time
-import urllib.parse
 import zlib
 from array import array
 from collections import Counter, defaultdict
@@ -47,17 +46,15 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 DATA = os.path.join(HERE, 'data')  # os.path.join(DATA, dataset): an absolute path for dataset stands for itself
 SHAKESPEARE = os.path.join(DATA, 'shakespeare', 'input.txt')
 HUB = os.environ.get('HF_ENDPOINT') or 'https://huggingface.co'
-OWT, FINEWEB, EDU = (f'{HUB}/datasets/{name}/resolve/main/' for name in (
-    'Skylion007/openwebtext', 'kjj0/fineweb10B-gpt2', 'kjj0/finewebedu10B-gpt2'))
+OWT = HUB + '/datasets/Skylion007/openwebtext/resolve/main/plain_text/train-%05d-of-00080.parquet'
+FINEWEB = HUB + '/datasets/kjj0/fineweb10B-gpt2/resolve/main/fineweb_'
+EDU = HUB + '/datasets/kjj0/finewebedu10B-gpt2/resolve/main/finewebedu_'
 DATASETS = {  # shards: the numbers for the % in source; disk: GB for each, its part of train.bin included
     'shakespeare_char': dict(source=SHAKESPEARE, tokenizer='char'),
-    'shakespeare':      dict(source=SHAKESPEARE),
-    'openwebtext':      dict(source=OWT + 'plain_text/train-%05d-of-00080.parquet', shards=range(80), disk=0.53,
-                             val_fraction=0.0005),
-    'fineweb':          dict(source=FINEWEB + 'fineweb_train_%06d.bin', shards=range(1, 104), disk=0.4,
-                             val=FINEWEB + 'fineweb_val_000000.bin'),
-    'fineweb_edu':      dict(source=EDU + 'finewebedu_train_%06d.bin', shards=range(1, 100), disk=0.4,
-                             val=EDU + 'finewebedu_val_000000.bin'),
+    'shakespeare': dict(source=SHAKESPEARE),
+    'openwebtext': dict(source=OWT, shards=range(80), disk=0.53, val_fraction=0.0005),
+    'fineweb': dict(source=FINEWEB + 'train_%06d.bin', val=FINEWEB + 'val_000000.bin', shards=range(1, 104), disk=0.4),
+    'fineweb_edu': dict(source=EDU + 'train_%06d.bin', val=EDU + 'val_000000.bin', shards=range(1, 100), disk=0.4),
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -71,8 +68,8 @@ SPLIT = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+|\p{N}{1,3}
          r"|\s*[\r\n]|\s+(?!\S)|\s+")
 
 # In every such split a token ends where space or punctuation follows a letter or digit, and after a single newline: a
-# text can be cut there and its parts encoded one by one, with the same ids as the whole.
-CUT = re.compile(r'(?<=[^\W_])(?=[\s!-/:-@，。、！？；：…—])|(?<=\S\n)(?=\S)')
+# text can be cut there and its parts encoded one by one, with the same ids as the whole. This matches up to the last.
+CUT = re.compile(r'(?s:.*)(?:(?<=[^\W_])(?=[\s!-/:-@，。、！？；：…—])|(?<=\S\n)(?=\S))')
 CHUNK = 1 << 18  # characters of it at a time
 LONGEST = 1 << 22  # characters without such a place: then they are cut anywhere, as memory has an end
 
@@ -292,49 +289,33 @@ PAUSES = 0.5, 1, 2, 4, 0  # seconds, after each try
 
 def download(urls, digest=None, check=None):
     """Fetch {path: url}, several side by side. A path appears when its file is whole: of the length and the sha256 that
-    the server names (or of this digest), and nothing that check(file) refuses. What breaks off is
-    retried and resumes from path.part, in a later run too."""
-    tallies, stop = {path: [0, 0] for path in urls}, threading.Event()  # bytes that have come, and that are to come
+    the server names (or of this digest), and nothing that check(file) refuses. What breaks off is retried and resumes
+    from path.part, in a later run too."""
+    come, sizes, stop = dict.fromkeys(urls, 0), dict.fromkeys(urls, 0), threading.Event()  # bytes, of each file
 
-    def whole(path, url):
-        part = path + '.part'
-        os.makedirs(os.path.dirname(path), exist_ok=True)
+    def complete(path, url):
         for pause in PAUSES:
             try:
-                named = fetch(url, part, tallies[path], stop)
-                break
-            except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
+                return fetch(path, url, digest, check, come, sizes, stop)
+            except requests.RequestException as error:
                 problem = error
                 stop.wait(pause)
-        else:
-            reason = getattr(problem.args[0], 'reason', problem) if problem.args else problem  # the innermost one
-            raise UserError(f'{url}: given up after {len(PAUSES)} tries ({reason}): run the same command again to go '
-                            'on where it stopped')
-        try:
-            wanted = digest or named
-            if wanted and sha256([part]) != wanted:
-                raise UserError(f'its sha256 is {sha256([part])}, not {wanted}')
-            if check:
-                check(part)
-        except UserError as error:
-            os.remove(part)
-            raise UserError(f'{url}: what came is not what should ({error}): try again, or another network') from None
-        os.replace(part, path)
+        reason = getattr(problem.args[0], 'reason', problem) if problem.args else problem  # the innermost one
+        raise UserError(f'{url}: given up after {len(PAUSES)} tries ({reason}): run the same command again to go on '
+                        'where it stopped')
 
     what = os.path.basename(next(iter(urls))) if len(urls) == 1 else f'{len(urls)} files'
     progress = Progress(f'downloading {what}', 0, 'MB')
     with ThreadPoolExecutor(8) as pool:
-        jobs = [pool.submit(whole, path, url) for path, url in urls.items()]
-        left = jobs
+        jobs = left = [pool.submit(complete, path, url) for path, url in urls.items()]
         try:
             while left:
                 done, left = wait(jobs, 1, FIRST_EXCEPTION)
                 for job in done:
                     job.result()  # raises what went wrong there
-                come, sizes = zip(*tallies.values(), strict=True)
-                started = sum(map(bool, sizes))
-                progress.total = started and sum(sizes) / started * len(urls)
-                progress(sum(come), finished=not left)
+                known = [size for size in sizes.values() if size]
+                progress.total = len(urls) * sum(known) / max(1, len(known))
+                progress(sum(come.values()), finished=not left)
         finally:  # if one has failed, or on Ctrl-C, the others stop too
             stop.set()
             pool.shutdown(cancel_futures=True)
@@ -345,21 +326,21 @@ def check_secure(url):
         raise UserError(f'{url}: over http anybody on the way can change a file: use https')
 
 
-def fetch(url, part, tally, stop):
-    """One try to complete the file part. Returns the sha256 that Hugging Face says it has, or None. What may go right
-    the next time is raised as a ConnectionError."""
+def fetch(path, url, digest, check, come, sizes, stop):
+    """One try to complete path.part and give it its name. Raises a RequestException if another may go better."""
     check_secure(url)
+    part = path + '.part'
     have = os.path.getsize(part) if os.path.exists(part) else 0
     headers = {'Accept-Encoding': 'identity', 'Range': f'bytes={have}-'}
     with requests.get(url, headers=headers, stream=True, timeout=(10, 60)) as reply:
-        for hop in (*reply.history, reply):
+        code, hops, span = reply.status_code, [*reply.history, reply], reply.headers.get('Content-Range', '')
+        for hop in hops:
             check_secure(hop.url)
-        code, span = reply.status_code, reply.headers.get('Content-Range', '')
-        if code in (408, 429) or code >= 500:
-            raise requests.ConnectionError(f'the server answered {code}')
-        if code == 416 or code == 206 and not span.startswith(f'bytes {have}-'):  # our part is not a part of that
+        misfit = code == 416 or code == 206 and not span.startswith(f'bytes {have}-')  # our part is not a part of that
+        if misfit:
             open(part, 'wb').close()
-            raise requests.ConnectionError(f'the server answered {code} {span}')
+        if misfit or code in (408, 429) or code >= 500:
+            raise requests.ConnectionError(f'the server answered {code} {reply.reason}')
         if code not in (200, 206):
             raise UserError(f'{url}: the server answered {code} {reply.reason}: check the address')
         if 'text/html' in reply.headers.get('Content-Type', ''):
@@ -367,57 +348,58 @@ def fetch(url, part, tally, stop):
         if code == 200:
             have = 0  # all of it comes again
         length = int(reply.headers.get('Content-Length', 0))
-        check_space(part, length)
-        tally[1] = tally[0] + length
+        check_space(os.path.dirname(path), length)
+        sizes[path] = come[path] + length
         with open(part, 'ab' if have else 'wb') as f:
             for block in reply.iter_content(1 << 16):  # what a break cuts short is lost
                 f.write(block)
-                tally[0] += len(block)
+                come[path] += len(block)
                 if stop.is_set():
                     raise UserError(f'{url}: stopped')
-            size = f.tell()
-        if 'Content-Length' in reply.headers and size != have + length:
-            raise requests.ConnectionError(f'{size:,} of {have + length:,} bytes came')
-        first = (reply.history or [reply])[0].headers.get('X-Linked-ETag', '').strip('"')
-        return first if re.fullmatch('[0-9a-f]{64}', first) else None
+            if f.tell() < have + length:
+                raise requests.ConnectionError(f'{f.tell():,} of {have + length:,} bytes came')
+        named = re.fullmatch('"([0-9a-f]{64})"', hops[0].headers.get('X-Linked-ETag', ''))  # so Hugging Face does
+    try:
+        wanted = digest or named and named[1]
+        if wanted and sha256([part]) != wanted:
+            raise UserError(f'its sha256 is {sha256([part])}, not {wanted}')
+        if check:
+            check(part)
+    except UserError as error:
+        os.remove(part)
+        raise UserError(f'{url}: what came is not what should ({error}): try again, or another network') from None
+    os.replace(part, path)
 
 
-def check_space(path, size):
-    free = shutil.disk_usage(os.path.dirname(path)).free
+def check_space(folder, size):
+    os.makedirs(folder, exist_ok=True)
+    free = shutil.disk_usage(folder).free
     if free < size:
-        raise UserError(f'{os.path.dirname(path)} has {free / 1e9:,.1f} GB free, but {size / 1e9:,.1f} GB are to come: '
-                        'make room, or put a link to a larger disk there')
-
-
-IGNORED = r'/\.|\.(bin|tmp|part)$|meta\.json$'  # in a folder of texts: hidden files and folders, and what we write
+        raise UserError(f'{folder} has {free / 1e9:,.1f} GB free, but {size / 1e9:,.1f} GB are to come: make room, or '
+                        'put a link to a larger disk there')
 
 
 def locate(source, folder, row, shards):
     """The files of a source, those that have an address downloaded into folder first."""
     if re.match('https?://', source):
-        urls = {f'{hashlib.sha256(source.encode()).hexdigest()[:8]}-{url_name(source)}': source}
+        urls, prefix = [source], hashlib.sha256(source.encode()).hexdigest()[:8] + '-'  # two may have the same name
         if source == row.get('source'):
-            urls = [source % number for number in row['shards'][:shards or None]] + [row['val']] * ('val' in row)
-            urls = {url_name(url): url for url in urls}
-        urls = {os.path.join(folder, 'download', name): url for name, url in urls.items()}
-        missing = {path: url for path, url in urls.items() if not os.path.exists(path)}
-        os.makedirs(os.path.join(folder, 'download'), exist_ok=True)
+            urls, prefix = [source % i for i in row['shards'][:shards or None]] + [row['val']] * ('val' in row), ''
+        names = [re.split('[?#]', url)[0].rpartition('/')[2] or 'source.txt' for url in urls]
+        urls = {os.path.join(folder, 'download', prefix + name): url for name, url in zip(names, urls, strict=True)}
         there = sum(os.path.getsize(p) for path in urls for p in (path, path + '.part') if os.path.exists(p))
-        check_space(os.path.join(folder, 'train.bin'), row.get('disk', 0) * 1e9 * len(urls) - there)
-        if missing:
-            download(missing, check=shard_tokens if source.endswith('.bin') else None)
+        check_space(folder, row.get('disk', 0) * 1e9 * len(urls) - there)
+        download({path: url for path, url in urls.items() if not os.path.exists(path)},
+                 check=shard_tokens if source.endswith('.bin') else None)
         return list(urls)
     if os.path.isdir(source):
+        ignored = r'/\.|\.(bin|tmp|part)$|meta\.json$'  # hidden files and folders, and what we write
         files = [os.path.join(base, name) for base, _, names in os.walk(source) for name in names]
         return sorted(path for path in files
-                      if os.path.isfile(path) and not re.search(IGNORED, '/' + os.path.relpath(path, source)))
-    if not os.path.isfile(source):
-        raise UserError(f'source={source!r}: no such file or folder')
-    return [source]
-
-
-def url_name(url):
-    return os.path.basename(urllib.parse.urlparse(url).path) or 'source.txt'
+                      if os.path.isfile(path) and not re.search(ignored, '/' + os.path.relpath(path, source)))
+    if os.path.isfile(source):
+        return [source]
+    raise UserError(f'source={source!r}: no such file or folder')
 
 
 def shard_tokens(path):
@@ -439,10 +421,9 @@ def read(files, what):
                 for piece in read_file(unzipped, path):
                     yield piece
                     progress(done + raw.tell())
-            except UnicodeDecodeError as error:
-                raise UserError(f'{path} is not UTF-8 text ({error}): convert it, e.g. with iconv -t utf-8') from None
             except (OSError, EOFError, ValueError, zlib.error) as error:
-                raise UserError(f'{path} is damaged: {error}') from None
+                raise UserError(f'{path} is damaged or not UTF-8 text ({error}): get it again, convert it, e.g. with '
+                                'iconv -t utf-8, or move it out of the folder') from None
             done += os.path.getsize(path)
     progress(done, finished=True)
 
@@ -456,32 +437,29 @@ def read_file(f, path):
         for batch in table.iter_batches(columns=['text']):
             for text in batch['text'].to_pylist():
                 yield str(text or ''), True
-        return
-    if kind == 'bin':
+    elif kind == 'bin':
         shard_tokens(path)
         f.seek(1024)
         while block := f.read(2 * CHUNK):
             yield np.frombuffer(block, '<u2'), False
-        return
-    with io.TextIOWrapper(f, 'utf-8-sig') as lines:
-        if kind == 'jsonl':
-            for number, line in enumerate(lines, 1):
-                try:
-                    text = json.loads(line)['text'] if line.strip() else ''
-                    text = text.encode('utf-8', 'replace').decode()  # JSON can hold half characters
-                except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                    raise UserError(f'{path}, line {number}: not a JSON object with a "text" field') from None
-                yield text, True
-            return
+    elif kind == 'jsonl':
+        for number, line in enumerate(f, 1):
+            try:
+                text = json.loads(line)['text'] if line.strip() else ''
+                text = text.encode('utf-8', 'replace').decode()  # JSON can hold half characters
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                raise UserError(f'{path}, line {number}: not a JSON object with a "text" field') from None
+            yield text, True
+    else:
         rest = ''
-        while text := lines.read(CHUNK):
-            text = rest + text
-            cut = max((m.start() for m in CUT.finditer(text, max(0, len(text) - 1000))), default=0)
-            if not cut and len(text) > LONGEST:
-                cut = max((m.start() for m in CUT.finditer(text)), default=len(text))
-            yield text[:cut], False
-            rest = text[cut:]
-        yield rest, True
+        with io.TextIOWrapper(f, 'utf-8-sig') as lines:
+            while more := lines.read(CHUNK):
+                text = rest + more
+                place = CUT.match(text, len(rest))  # there is none in the rest
+                cut = place.end() if place else len(text) if len(text) > LONGEST else 0
+                yield text[:cut], False
+                rest = text[cut:]
+            yield rest, True
 
 
 # ---------------------------------------------------------------------------------------------------------------------
