@@ -475,9 +475,8 @@ def prepare(dataset, source='', tokenizer='', vocab_size=4096, val_fraction=0.0,
     if not source:
         raise UserError(f'dataset={dataset!r} is not one of {", ".join(DATASETS)}: say where its text is with '
                         '--source=FILE_OR_FOLDER_OR_URL')
-    check(dict(val_fraction=val_fraction, shards=shards), 'val_fraction > 0', 'val_fraction < 1', 'shards >= 0')
-    if shards and 'shards' not in row:
-        raise UserError(f'shards={shards}, but {source} does not come in shards: leave it out')
+    check(dict(val_fraction=val_fraction, shards=shards), 'val_fraction > 0', 'val_fraction < 1',
+          'shards >= 0' if 'shards' in row else 'shards == 0')
     tokenized = source.endswith('.bin')
     if tokenized and tokenizer != 'gpt2':
         raise UserError(f"tokenizer={tokenizer!r}, but {source} is in GPT-2's tokens already: leave it out")
@@ -511,22 +510,22 @@ def prepare(dataset, source='', tokenizer='', vocab_size=4096, val_fraction=0.0,
     if n < 2:
         raise UserError(f'source={source!r} is {n} tokens long: there is nothing to learn in it')
     n_val = shard_tokens(files[-1]) if 'val' in row else min(max(1, round(n * val_fraction)), n - 1)
-    nearest = min(starts, key=lambda start: abs(n - n_val - start), default=n - n_val)
-    if abs(n - n_val - nearest) <= n_val / 2:  # better between two documents than in the middle of one
-        n_val = n - nearest
-    held_out = sum(start >= n - n_val for start in starts)
+    cut = min(starts, key=lambda start: abs(n - n_val - start), default=n - n_val)
+    if abs(n - n_val - cut) > n_val / 2:  # better between two documents than in the middle of one, but not far away
+        cut = n - n_val
+    held_out = sum(start >= cut for start in starts)
     with open(train, 'r+b') as f, open(val, 'wb') as out:
-        f.seek((n - n_val) * dtype.itemsize)
+        f.seek(cut * dtype.itemsize)
         shutil.copyfileobj(f, out)
-        f.truncate((n - n_val) * dtype.itemsize)
-    facts = dict(tokenizer=spec, vocab_size=tok.n_vocab, dtype=dtype.name, train_tokens=n - n_val, val_tokens=n_val,
+        f.truncate(cut * dtype.itemsize)
+    facts = dict(tokenizer=spec, vocab_size=tok.n_vocab, dtype=dtype.name, train_tokens=cut, val_tokens=n - cut,
                  source=source, source_sha256=sha256(files))
     with open(meta, 'w', encoding='utf-8') as f:
         json.dump(facts, f)
     for path in paths:
         os.replace(path + '.tmp', path)
-    print(f'{folder}: {n - n_val:,} tokens to train on, {n_val:,} for validation'
-          + (f' (the last {held_out} of {len(starts) + 1} documents)' if n - n_val in starts else '')
+    print(f'{folder}: {cut:,} tokens to train on, {n - cut:,} for validation'
+          + f' (the last {held_out} of {len(starts) + 1} documents)' * (cut in starts)
           + f', vocabulary {tok.n_vocab:,} ({tokenizer}), {dtype.name}')
     return facts
 
@@ -542,17 +541,13 @@ def sha256(files):
 
 def read_json(path):
     """The object in a JSON file, or {} where there is no such file."""
-    if not os.path.exists(path):
+    try:
+        with open(path, encoding='utf-8') as f:
+            return {} | json.load(f)  # a TypeError if it is not an object
+    except FileNotFoundError:
         return {}
-    with open(path, encoding='utf-8') as f:
-        try:
-            found = json.load(f)
-            if isinstance(found, dict):
-                return found
-            error = 'not an object'
-        except (ValueError, RecursionError) as problem:
-            error = problem
-    raise UserError(f'{path} is damaged ({error}): make or get it again')
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f'{path} is damaged ({error}): make or get it again') from None
 
 
 class PlainUnpickler(pickle._Unpickler):
@@ -567,53 +562,49 @@ class PlainUnpickler(pickle._Unpickler):
 def nanogpt_tokenizer(folder):
     """The spec of the characters in a meta.pkl of nanoGPT's, or None where there is none."""
     path = os.path.join(folder, 'meta.pkl')
-    if not os.path.exists(path):
-        return None
-    with open(path, 'rb') as f:
-        try:
+    try:
+        with open(path, 'rb') as f:
             itos = PlainUnpickler(io.BytesIO(f.read(1 << 26))).load()['itos']
-            chars = ''.join(itos[i] for i in range(len(itos)))
-            if not len(chars) == len(set(chars)) == len(itos) > 0:
-                raise ValueError('itos is not characters, each one once')
-        except Exception as error:  # an unpickler has many ways to say that a file is damaged
-            raise UserError(f'{path} is damaged or not of a char dataset of nanoGPT ({type(error).__name__}: {error}): '
-                            'it may hold plain dicts, lists, strings and numbers only') from None
-    return dict(type='char', chars=chars)
+        chars = ''.join(itos[i] for i in range(len(itos)))
+        if not len(chars) == len(set(chars)) == len(itos) > 0:
+            raise ValueError('itos is not characters, each one once')
+        return dict(type='char', chars=chars)
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # an unpickler has many ways to say that a file is damaged
+        raise UserError(f'{path} is damaged or not of a char dataset of nanoGPT ({type(error).__name__}: {error}): '
+                        'it may hold plain dicts, lists, strings and numbers only') from None
 
 
 def load_dataset(dataset, scan=True):
     """A prepared dataset's meta and the paths of its bins, checked: sizes as meta says, and if scan, that all ids are
     in the vocabulary. A folder that nanoGPT's scripts prepared has no meta.json, and ids of 16 bits always."""
-    folder, again = os.path.join(DATA, dataset), f'run python prepare.py --dataset={dataset}'
-    if dataset not in DATASETS:
-        again += ' --source=FILE_OR_FOLDER_OR_URL'
-    path, splits = os.path.join(folder, 'meta.json'), ('train', 'val')
-    bins = {split: os.path.join(folder, f'{split}.bin') for split in splits}
+    again = f'run python prepare.py --dataset={dataset}' + ' --source=FILE_OR_FOLDER_OR_URL' * (dataset not in DATASETS)
+    folder, splits = os.path.join(DATA, dataset), ('train', 'val')
+    path, bins = os.path.join(folder, 'meta.json'), {split: os.path.join(folder, f'{split}.bin') for split in splits}
     sizes = {split: os.path.getsize(bins[split]) if os.path.exists(bins[split]) else 0 for split in splits}
-    nanogpt, meta = not os.path.exists(path), read_json(path)
-    if nanogpt:
+    meta = read_json(path)
+    if not os.path.exists(path):
         if not all(sizes.values()) or os.path.exists(path + '.tmp'):
             raise UserError(f'{folder} is not prepared (no meta.json): {again}')
         spec = nanogpt_tokenizer(folder) or dict(type='gpt2')
         meta = dict(tokenizer=spec, vocab_size=len(spec.get('chars', range(50257))), dtype='uint16',
                     **{f'{split}_tokens': sizes[split] // 2 for split in splits})
     try:
-        dtype, n_vocab, _ = np.dtype(meta['dtype']), meta['vocab_size'], meta['tokenizer']['type']
+        width, n_vocab = {'uint8': 1, 'uint16': 2}[meta['dtype']], meta['vocab_size']
         expected = {split: meta[f'{split}_tokens'] for split in splits}
         if not all(isinstance(n, int) and n > 0 for n in (n_vocab, *expected.values())):
             raise ValueError('a count that is not a whole number')
-        if dtype != ('uint8' if n_vocab <= 256 and not nanogpt else 'uint16'):
-            raise ValueError(f'{n_vocab} ids are not kept in {dtype}')
         if meta['tokenizer']['type'] in ('char', 'bpe') and get_tokenizer(meta['tokenizer']).n_vocab != n_vocab:
             raise ValueError(f'the tokenizer has not {n_vocab} ids')
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f'{path} is damaged ({type(error).__name__}: {error}): {again}') from None
     for split, bin in bins.items():
-        if sizes[split] != expected[split] * dtype.itemsize:
-            raise UserError(f'{bin} holds {sizes[split]:,} bytes but meta.json says '
-                            f'{expected[split] * dtype.itemsize:,} ({dtype} x {expected[split]:,} tokens): {again}')
+        if sizes[split] != expected[split] * width:
+            raise UserError(f'{bin} holds {sizes[split]:,} bytes but meta.json says {expected[split] * width:,} '
+                            f'({meta["dtype"]} x {expected[split]:,} tokens): {again}')
         for start in range(0, expected[split] if scan else 0, 1 << 26):  # in parts, each mapped anew: mapped pages
-            ids = np.memmap(bin, dtype, 'r')[start:start + (1 << 26)]    # count as memory
+            ids = np.memmap(bin, meta['dtype'], 'r')[start:start + (1 << 26)]  # count as memory
             if ids.max() >= n_vocab:
                 raise UserError(f'{bin} holds the id {ids.max()}, beyond the vocabulary of {n_vocab:,}: {again}')
     return meta, bins
