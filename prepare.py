@@ -358,7 +358,7 @@ def fetch(path, url, digest, check, come, sizes, stop):
                     raise UserError(f'{url}: stopped')
             if f.tell() < have + length:
                 raise requests.ConnectionError(f'{f.tell():,} of {have + length:,} bytes came')
-        named = re.fullmatch('"([0-9a-f]{64})"', hops[0].headers.get('X-Linked-ETag', ''))  # so Hugging Face does
+        named = re.fullmatch('"?([0-9a-f]{64})"?', hops[0].headers.get('X-Linked-ETag', ''))  # so Hugging Face does
     try:
         wanted = digest or named and named[1]
         if wanted and sha256([part]) != wanted:
