@@ -10,6 +10,7 @@ Whatever a user can mend is raised as UserError and ends the script with one lin
 """
 import ctypes
 import difflib
+import glob
 import importlib
 import os
 import platform
@@ -74,14 +75,12 @@ def _typed(name, value, default, where):
     try:
         if kind is bool or default == 'auto' and str(value) in TRUTH:  # a bool settles 'auto' too
             return TRUTH[str(value)]
-        if isinstance(value, bool):
+        if isinstance(value, bool) or kind is str and not isinstance(value, str):
             raise TypeError
         if kind is int:
             value = int(value) if re.fullmatch(r'\s*[-+]?\d+\s*', str(value)) else float(value)
             if value != int(value):  # 1e3 is a whole number, 1.5 is not
                 raise ValueError
-        if kind is str and not isinstance(value, str):
-            raise TypeError
         return kind(value)
     except (KeyError, TypeError, ValueError, OverflowError):
         wanted = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'text in quotes'}[kind]
@@ -91,16 +90,18 @@ def _typed(name, value, default, where):
 def _run_file(path, settings):
     """Run an override file and return what it defined; modules, functions and _names are its own business."""
     if not os.path.isfile(path):
-        raise UserError(f'there is no override file {path!r}, and a setting is written --name=value')
+        beside = glob.glob(os.path.join(glob.escape(os.path.dirname(path)), '*.py'))
+        near = difflib.get_close_matches(path, beside, 1, 0.8)
+        hint = f'did you mean {near[0]}?' if near else 'a setting is written --name=value'
+        raise UserError(f'there is no override file {path!r}: {hint}')
     scope = dict(settings, __file__=path, __name__='config')
     try:
         with open(path, encoding='utf-8-sig') as f:
             exec(compile(f.read(), path, 'exec'), scope)
     except (Exception, SystemExit) as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-        line = getattr(error, 'lineno', None) or (lines[-1] if lines else 1)
-        reason = ' '.join(str(error).split())
-        raise UserError(f'{path}, line {line}: {type(error).__name__}: {reason}') from error
+        lines = [1, *(frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path)]
+        line = getattr(error, 'lineno', None) or lines[-1]
+        raise UserError(f'{path}, line {line}: {type(error).__name__}: {error}') from error
     return {k: v for k, v in scope.items()
             if k in settings or not (k.startswith('_') or callable(v) or isinstance(v, type(sys)))}
 
@@ -162,14 +163,11 @@ def resolve(device, dtype, compile=False, width=0):
         torch.set_float32_matmul_precision('high')  # TF32 for what stays float32
     if kind == 'cpu' and 'LOCAL_WORLD_SIZE' in os.environ:  # torchrun gives each process one thread
         torch.set_num_threads(max(1, os.cpu_count() // int(os.environ['LOCAL_WORLD_SIZE'])))
+    if dtype == 'auto' and kind == 'cuda':  # a T4 claims bfloat16 but only emulates it, hence the argument
+        dtype = 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
     if dtype == 'auto':
-        dtype = 'float32'
-        if kind == 'cpu' and width >= 256 and torch.cpu._is_avx512_bf16_supported():
-            dtype = 'bfloat16'
-        if kind == 'cuda':  # a T4 claims bfloat16 but only emulates it, hence the argument
-            dtype = 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
-    check(dict(dtype=dtype, compile=compile), "dtype in ('float32', 'bfloat16', 'float16')",
-          "compile in (True, False, 'auto')")
-    if dtype == 'float16' and kind != 'cuda':
-        raise UserError(f"dtype='float16' trains only on CUDA, not on {kind}: use 'bfloat16' or 'float32'")
+        fast = kind == 'cpu' and width >= 256 and torch.cpu._is_avx512_bf16_supported()
+        dtype = 'bfloat16' if fast else 'float32'
+    check(dict(dtype=dtype, compile=compile), "compile in (True, False, 'auto')", "dtype in ('float32', 'bfloat16')"
+          if kind != 'cuda' else "dtype in ('float32', 'bfloat16', 'float16')")  # float16 trains only there
     return device, dtype, kind == 'cuda' if compile == 'auto' else compile
