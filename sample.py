@@ -46,9 +46,7 @@ class Writer:
 
     def __call__(self, data, final=False):
         """The text that can be shown now: what may be the beginning of stop is held back until more has come."""
-        if self.ended:
-            return ''
-        text = self.held + self.decode(data, final)
+        text = '' if self.ended else self.held + self.decode(data, final)
         if self.stop and self.stop in text:
             self.ended = True
             return text[:text.index(self.stop)]
@@ -58,49 +56,38 @@ class Writer:
 
 
 def read_start(start):
-    try:
-        if start == '-':
-            return sys.stdin.read()
-        if start.startswith('FILE:'):
-            with open(start[5:], encoding='utf-8') as f:
-                return f.read()
-    except FileNotFoundError:
-        raise UserError(f'start={start}: there is no such file') from None
-    except UnicodeDecodeError as error:
-        raise UserError(f'start={start}: this is not UTF-8 text ({error})') from None
-    return start
+    if start != '-' and not start.startswith('FILE:'):
+        return start
+    with open(0 if start == '-' else start[5:], encoding='utf-8') as f:
+        try:
+            return f.read()
+        except UnicodeDecodeError as error:
+            raise UserError(f'start={start}: this is not UTF-8 text ({error})') from None
 
 
 def write(model, tok, prompt, num_samples, max_new_tokens, temperature, top_k, top_p, stop, compile):
     """Print texts that go on from the prompt, the first of them as it is written."""
     ids = tok.encode(prompt, special=True).tolist()
-    if not ids:  # a model has to start from something: the end of the text before, or the first character, the newline
-        ids = [tok.eot or 0]
+    ids = ids or [tok.eot or 0]  # it starts from the end of the text before, or the first character, the newline
     if len(ids) > model.config.block_size:
         print(f'the prompt has {len(ids)} tokens, the model sees the last {model.config.block_size}', file=sys.stderr)
 
-    writers = [Writer(stop) for _ in range(num_samples)]
-    texts = [prompt] * num_samples
-    sys.stdout.write(prompt)
-    sys.stdout.flush()
-    begin, steps = time.time(), 0
+    writers, others = [Writer(stop) for _ in range(num_samples)], [prompt] * (num_samples - 1)
+    print(prompt, end='', flush=True)
+    begin, count = time.time(), 0
     idx = torch.tensor([ids] * num_samples, device=model.lm_head.weight.device)
     for step in model.generate(idx, max_new_tokens, temperature, top_k, top_p, tok.n_vocab, compile):
-        steps += 1
-        for i, token in enumerate(step.tolist()):
-            text = writers[i](tok.decode_bytes([token]))
-            texts[i] += text
-            if i == 0:
-                sys.stdout.write(text)
-                sys.stdout.flush()
+        first, *rest = [writer(tok.decode_bytes([token])) for writer, token in zip(writers, step.tolist(), strict=True)]
+        print(first, end='', flush=True)
+        others = [text + more for text, more in zip(others, rest, strict=True)]
+        count += num_samples
         if all(writer.ended for writer in writers):
             break
     seconds = time.time() - begin
-    for i, writer in enumerate(writers):
-        rest = writer(b'', final=True)
-        print(rest if i == 0 else f'---------------\n{texts[i]}{rest}', flush=True)
-    print(f'{steps * num_samples:,} tokens in {seconds:.1f} s: {steps * num_samples / max(seconds, 1e-9):,.0f} tok/s',
-          file=sys.stderr)
+    first, *rest = [writer(b'', final=True) for writer in writers]
+    others = [f'---------------\n{text}{more}' for text, more in zip(others, rest, strict=True)]
+    print(first, *others, sep='\n', flush=True)
+    print(f'{count:,} tokens in {seconds:.1f} s: {count / max(seconds, 1e-9):,.0f} tok/s', file=sys.stderr)
 
 
 if __name__ == '__main__':
