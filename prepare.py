@@ -510,9 +510,8 @@ def prepare(dataset, source='', tokenizer='', vocab_size=4096, val_fraction=0.0,
     if n < 2:
         raise UserError(f'source={source!r} is {n} tokens long: there is nothing to learn in it')
     n_val = shard_tokens(files[-1]) if 'val' in row else min(max(1, round(n * val_fraction)), n - 1)
-    cut = min(starts, key=lambda start: abs(n - n_val - start), default=n - n_val)
-    if abs(n - n_val - cut) > n_val / 2:  # better between two documents than in the middle of one, but not far away
-        cut = n - n_val
+    near = (start for start in starts if abs(n - n_val - start) <= n_val / 2)  # better than in a document's middle
+    cut = min(near, key=lambda start: abs(n - n_val - start), default=n - n_val)
     held_out = sum(start >= cut for start in starts)
     with open(train, 'r+b') as f, open(val, 'wb') as out:
         f.seek(cut * dtype.itemsize)
