@@ -602,8 +602,8 @@ def load_dataset(dataset, scan=True):
         if sizes[split] != expected[split] * width:
             raise UserError(f'{bin} holds {sizes[split]:,} bytes but meta.json says {expected[split] * width:,} '
                             f'({meta["dtype"]} x {expected[split]:,} tokens): {again}')
-        for start in range(0, expected[split] if scan else 0, 1 << 26):  # in parts, each mapped anew: mapped pages
-            ids = np.memmap(bin, meta['dtype'], 'r')[start:start + (1 << 26)]  # count as memory
+        for start in range(0, expected[split] if scan else 0, 1 << 26):  # each mapped anew: mapped pages are memory
+            ids = np.memmap(bin, meta['dtype'], 'r')[start:start + (1 << 26)]
             if ids.max() >= n_vocab:
                 raise UserError(f'{bin} holds the id {ids.max()}, beyond the vocabulary of {n_vocab:,}: {again}')
     return meta, bins
