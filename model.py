@@ -18,11 +18,13 @@ import sys
 import zipfile
 from dataclasses import dataclass
 from functools import partial
+from unittest.mock import patch
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
 from configurator import UserError, check, configure, optional
@@ -595,11 +597,17 @@ def to_onnx(model, path):
 # What running this file prints.
 
 CARDS = 8, 12, 16, 24, 40, 48, 80, 141, 192  # GB that GPUs have
-
-
 WHAT = dict(wte='token id -> vector', wpe='position -> vector, added', drop='dropout', ln_1='normalise each token',
             attn='gather from earlier tokens', c_attn='queries, keys, values', c_proj='back to the stream, added',
             ln_2='normalise each token', c_fc='widen', ln_f='normalise each token', lm_head='score every token')
+
+
+def watch(model, *inputs):
+    """One forward pass: what comes out of every module, by name, in the order in which they are done."""
+    names, outputs = {module: name for name, module in model.named_modules()}, {}
+    with register_module_forward_hook(lambda module, _, out: outputs.update({names[module]: out})):
+        model(*inputs)
+    return outputs
 
 
 @torch.no_grad()
@@ -608,42 +616,32 @@ def follow(model, tok, text, layer, head):
     model would say next after each block. Returns the logits."""
     check(dict(layer=layer, head=head), 'layer >= 0', f'layer < {model.config.n_layer}', 'head >= 0',
           f'head < {model.config.n_head}')
-    ids, outputs, attention = tok.encode(text, special=True).tolist(), {}, []
+    ids, attention = tok.encode(text, special=True).tolist(), []
     if not 0 < len(ids) <= model.config.block_size:
         raise UserError(f'trace={text!r} is {len(ids)} tokens: from 1 to block_size={model.config.block_size} of them')
     piece = lambda i: repr(tok.decode_bytes([i]).decode('utf-8', 'replace'))[1:-1]  # noqa: E731
     attend = F.scaled_dot_product_attention
 
-    def look(q, k, v, *args, **kwargs):  # the fast function never shows its weights: the slow way, beside it
-        scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
-        future = torch.ones_like(scores, dtype=torch.bool).triu(1)
-        attention.append(scores.masked_fill(future, -math.inf).softmax(-1)[0])  # (heads, T, T)
+    def look(q, k, v, *args, **kwargs):  # the weights come out of it where each value is a 1 in a place of its own
+        attention.append(attend(q, k, torch.eye(len(ids)).expand(*q.shape[:2], -1, -1), *args, **kwargs)[0])
         return attend(q, k, v, *args, **kwargs)
 
-    hooks = [module.register_forward_hook(lambda module, _, out, name=name: outputs.update({name: out}))
-             for name, module in model.named_modules()]
-    F.scaled_dot_product_attention = look
-    try:
-        logits = model(torch.tensor([ids]))[0]
-    finally:
-        F.scaled_dot_product_attention = attend
-        for hook in hooks:
-            hook.remove()
+    with patch.object(F, 'scaled_dot_product_attention', look):
+        outputs = watch(model, torch.tensor([ids]))
 
     print(f'{len(ids)} tokens: ' + ' '.join(f'{piece(i)!r}={i}' for i in ids))
     print(f'\n{"what comes out of":<30}{"shape":<20}{"mean":>8}{"std":>8}  what it did')
     for name, out in outputs.items():
-        inside = re.match(r'transformer\.h\.(\d+)\.', name)
         last = name.split('.')[-1]
         what = 'the stream after this block' if last.isdigit() else WHAT.get(last)
-        if what and (not inside or int(inside[1]) == layer):
+        if what and (name.count('.') < 3 or name.startswith(f'transformer.h.{layer}.')):
             print(f'{name:<30}{str(tuple(out.shape)):<20}{out.mean():>8.3f}{out.std():>8.3f}  {what}')
 
     print(f'\nlayer {layer}, head {head}: how much each token (a row) takes from those up to itself (columns)\n'
           'from . for 10% and more, over : - = + * # and %, to @ for 90%')
     labels = [piece(i)[:12] for i in ids]
-    for row in range(max(map(len, labels))):
-        print(' ' * 14 + ' '.join(label.rjust(max(map(len, labels)))[row] for label in labels))
+    for letters in zip(*(label.rjust(max(map(len, labels))) for label in labels), strict=True):
+        print(' ' * 14 + ' '.join(letters))
     for label, weights in zip(labels, attention[layer][head], strict=True):
         print(f'{label:>12}  ' + ' '.join(' .:-=+*#%@'[min(9, int(w * 10))] for w in weights.tolist()).rstrip())
 
@@ -654,66 +652,57 @@ def follow(model, tok, text, layer, head):
         chances, likely = scores.softmax(-1).topk(min(5, tok.n_vocab))
         guesses = '  '.join(f'{piece(i)!r} {p:.1%}' for i, p in zip(likely.tolist(), chances.tolist(), strict=True))
         print(f'{i:>11}{x.norm(dim=-1).mean():>24.2f}    {guesses}')
-    return logits
+    return outputs['lm_head']
 
 
 def explain(config, batch_size, dtype):
     """Print every module of a model with what it does, its output's shape, parameters and forward FLOPs; then totals
     and the memory that training takes. Fake tensors have shapes but no numbers, so that any size is instant."""
     from torch._subclasses.fake_tensor import FakeTensorMode
-    shapes, saved = {}, {}
+    tokens = batch_size * config.block_size
 
-    def keep(tensor):  # called for whatever autograd holds on to until the backward pass; each storage counts once
-        saved[tensor.untyped_storage()._cdata] = tensor
-        return tensor
-
-    def activations(recompute):
-        saved.clear()
+    def forward(recompute):
+        """What comes out of every module, and how many bytes autograd keeps for the backward pass, weights aside."""
         model.recompute = recompute
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), \
-                torch.autocast('cpu', getattr(torch, dtype), enabled=dtype != 'float32'):
-            model(idx, idx)
-        weights = {p.untyped_storage()._cdata for p in model.parameters()}
-        return sum(t.untyped_storage().nbytes() for key, t in saved.items() if key not in weights)
+        kept = {p.untyped_storage()._cdata: p for p in model.parameters()}  # each storage counts once
+        keep = torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: kept.setdefault(tensor.untyped_storage()._cdata, tensor), lambda tensor: tensor)
+        with keep, torch.autocast('cpu', getattr(torch, dtype), enabled=dtype != 'float32'):
+            outputs = watch(model, idx, idx)
+        return outputs, sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) - 4 * n
 
     with FakeTensorMode():
-        model = GPT(config)
-        for name, module in model.named_modules():
-            if name.split('.')[-1] in WHAT:
-                module.register_forward_hook(lambda module, _, out, name=name: shapes.update({name: tuple(out.shape)}))
-        idx = torch.zeros(batch_size, config.block_size, dtype=torch.long)
-        kept, outside = activations(False), activations(True)
+        model, idx = GPT(config), torch.zeros(batch_size, config.block_size, dtype=torch.long)
+        n = model.num_params()
+        (outputs, kept), (_, outside) = forward(False), forward(True)
 
     print(f'{"module":<30}{"what it does":<30}{"output":<22}{"parameters":>14}{"forward GFLOPs":>16}')
-    tokens = batch_size * config.block_size
     for name, module in model.named_modules():
+        last = name.split('.')[-1]
         if name == 'transformer.h.1':
             print(f'transformer.h.1 ... {config.n_layer - 1}: the same again')
-        if name in shapes and not re.match(r'transformer\.h\.[1-9]', name):
-            tied = module is model.lm_head
-            parameters = 0 if tied else sum(p.numel() for p in module.parameters(recurse=False))
-            flops = 2 * tokens * module.weight.numel() if isinstance(module, nn.Linear) else 0
-            if isinstance(module, CausalSelfAttention):  # q k^T and its product with v
+        if last in WHAT and not re.match(r'transformer\.h\.[1-9]', name):
+            parameters = f'{sum(p.numel() for p in module.parameters(recurse=False)):,}'
+            flops = 2 * tokens * module.weight.numel() if isinstance(module, Linear) else 0
+            if last == 'attn':  # q k^T and its product with v
                 flops = 4 * tokens * config.block_size * config.n_embd
-            print(f'{name:<30}{WHAT[name.split(".")[-1]]:<30}{str(shapes[name]):<22}'
-                  f'{"tied to wte" if tied else f"{parameters:,}":>14}{flops / 1e9:>16,.3f}')
-    n = model.num_params()
+            print(f'{name:<30}{WHAT[last]:<30}{str(tuple(outputs[name].shape)):<22}'
+                  f'{"tied to wte" if last == "lm_head" else parameters:>14}{flops / 1e9:>16,.3f}')
     print(f'\nparameters {n:,}; to train on one token takes {model.flops_per_token() / 1e9:,.3f} GFLOPs, '
-          f'on a batch of {batch_size} x {config.block_size} {model.flops_per_token() * tokens / 1e12:,.3f} TFLOPs')
-    print('weights alone, in MB: ' + ', '.join(f'{size * n / 1e6:,.1f} in {name}' for name, size in (
-        ('float32', 4), ('bfloat16', 2), ('int8', 1))) + '\n')
+          f'on a batch of {batch_size} x {config.block_size} {model.flops_per_token() * tokens / 1e12:,.3f} TFLOPs\n'
+          f'weights in MB: {n * 4 / 1e6:,.1f} in float32, {n * 2 / 1e6:,.1f} in bfloat16, {n / 1e6:,.1f} in int8')
+
     inside = (kept - outside) / config.n_layer  # with activation_checkpointing: of one block, and what enters each
     fewer = outside + inside + 4 * tokens * config.n_embd * config.n_layer
     block = sum(p.numel() for p in model.transformer.h[0].parameters())
     gathered = 4 * (n - config.n_layer * block) + 2 * (4 if dtype == 'float32' else 2) * block
-    print(f'{f"memory to train on that batch in {dtype}, at least, in MB":<60}{"weights":>10}{"gradients":>11}'
-          f'{"AdamW":>10}{"activations":>13}{"together":>12}  fits into')
+    print(f'\n{f"memory to train on that batch in {dtype}, at least, in MB":<60}{"weights":>12}{"gradients":>12}'
+          f'{"AdamW":>12}{"activations":>12}{"together":>12}  fits into')
     for gpus, kind in ((1, 'one GPU, or each with ddp'), (8, 'each of 8 with fsdp'), (64, 'each of 64 with fsdp')):
         for what, size in (('', kept), (', activation_checkpointing', fewer)):
             memory = [4 * n / gpus + gathered * (gpus > 1), 4 * n / gpus, 8 * n / gpus, size]
             card = next((f'{gb} GB' for gb in CARDS if sum(memory) < 0.9e9 * gb), 'no card')
-            print(f'{kind + what:<60}' + ''.join(f'{m / 1e6:>{width},.1f}' for m, width in zip(
-                (*memory, sum(memory)), (10, 11, 10, 13, 12), strict=True)) + f'  {card}')
+            print(f'{kind + what:<60}' + ''.join(f'{m / 1e6:>12,.1f}' for m in (*memory, sum(memory))) + f'  {card}')
 
 
 if __name__ == '__main__':
@@ -728,24 +717,22 @@ if __name__ == '__main__':
     globals().update(vars(GPTConfig()))
     settings = configure(globals())
     check(settings, 'batch_size > 0', "dtype in ('float32', 'bfloat16')")
-    config = GPTConfig(**{k: v for k, v in settings.items() if k in vars(GPTConfig())})
+    config = GPTConfig(**{name: settings[name] for name in vars(GPTConfig())})
     if export_dir or export_onnx:
-        if not init_from:
-            raise UserError('to export a model it has to be named: --init_from=out-mine, say')
         checkpoint = load_checkpoint(init_from)
         if export_dir:
             to_huggingface(checkpoint, export_dir)
         if export_onnx:
             to_onnx(GPT.from_checkpoint(checkpoint, dropout=0.0).eval(), export_onnx)
     elif trace:
-        spec = dict(type='char', chars=''.join(sorted(set(trace))))
         if init_from:
             checkpoint = load_checkpoint(init_from)
-            model, spec = GPT.from_checkpoint(checkpoint, dropout=0.0), checkpoint['tokenizer']
-        else:
-            config.vocab_size = len(spec['chars'])
-            model = GPT(config)
-        follow(model.eval(), get_tokenizer(spec), trace, layer, head)
+        else:  # a random model of these characters
+            chars = ''.join(sorted(set(trace)))
+            config.vocab_size = len(chars)
+            checkpoint = dict(model=GPT(config).state_dict(), model_args=vars(config),
+                              tokenizer=dict(type='char', chars=chars))
+        follow(GPT.from_checkpoint(checkpoint).eval(), get_tokenizer(checkpoint['tokenizer']), trace, layer, head)
     else:
         if init_from in SIZES:  # known without the weights
             n_layer, n_head, n_embd = SIZES[init_from]
