@@ -18,6 +18,7 @@ import sys
 import zipfile
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
@@ -376,11 +377,14 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None):
 # ---------------------------------------------------------------------------------------------------------------------
 # Weights in. Wherever they come from, they become one kind of dict, of which GPT.from_checkpoint makes a model.
 
-PRETRAINED = {'gpt2': '248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707',  # sha256, where known
-              'gpt2-medium': 'fc5a354a19255ad494f3d71549390baca1ccf61d1d822b9408971705c687c9cd',
-              'gpt2-large': None, 'gpt2-xl': None}
-SIZES = {'gpt2': (12, 12, 768), 'gpt2-medium': (24, 16, 1024), 'gpt2-large': (36, 20, 1280), 'gpt2-xl': (48, 25, 1600)}
+PRETRAINED = {  # layers, heads, width; and the sha256 of its file, where known
+    'gpt2': (12, 12, 768, '248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707'),
+    'gpt2-medium': (24, 16, 1024, 'fc5a354a19255ad494f3d71549390baca1ccf61d1d822b9408971705c687c9cd'),
+    'gpt2-large': (36, 20, 1280, None), 'gpt2-xl': (48, 25, 1600, None)}
 DTYPES = dict(F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, U8=torch.uint8, BOOL=torch.bool)
+FACTS = dict(model_type='gpt2', activation_function='gelu_new', layer_norm_epsilon=1e-5, n_inner=None,
+             scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, tie_word_embeddings=True,
+             add_cross_attention=False)  # what every config.json of a GPT-2 says, if only by default
 TURNED = ('c_attn.weight', 'c_fc.weight', 'c_proj.weight')  # Hugging Face keeps these matrices the other way round
 
 
@@ -391,33 +395,29 @@ def load_checkpoint(source, *more, data=None):
     data is the folder of a dataset, to be asked first for the characters of a nanoGPT model."""
     if source in PRETRAINED or source.endswith('.safetensors') or os.path.exists(os.path.join(source, 'config.json')):
         return load_pretrained(source)
-    path = source
-    if os.path.isdir(source):
-        best, newest = os.path.join(source, 'best.pt'), os.path.join(source, 'ckpt.pt')
-        path = best if os.path.exists(best) else newest
+    best, newest = os.path.join(source, 'best.pt'), os.path.join(source, 'ckpt.pt')
+    path = best if os.path.exists(best) else newest if os.path.isdir(source) else source
     if not os.path.exists(path):
-        raise UserError(f'{path}: there is no such checkpoint: name the folder of a run or one of '
+        raise UserError(f'{path!r}: there is no such checkpoint: --init_from takes the folder of a run or one of '
                         f'{", ".join(PRETRAINED)}, or train a model: python train.py config/train_shakespeare.py')
     with open(path, 'rb') as f:
         try:
             if zipfile.is_zipfile(f) and (part := zipfile.ZipFile(f).testzip()):
                 raise ValueError(f'{part} is not what was saved')
             f.seek(0)
-            checkpoint = torch.load(f, map_location='cpu', weights_only=True)
+            checkpoint = dict(torch.load(f, map_location='cpu', weights_only=True))
             if 'tokenizer' not in checkpoint:
                 checkpoint.update(from_nanogpt(checkpoint, path, data))
         except UserError:
             raise
         except Exception as error:  # torch.load has many ways to say that a file is damaged
-            folder = glob.escape(os.path.dirname(path) or '.')
-            others = {*glob.glob(f'{folder}/*.pt'), *glob.glob(f'{folder}/earlier-*/*.pt')} - {path, f'./{path}'}
-            reason = f'{type(error).__name__}: {" ".join(str(error).split())[:80]}'
+            folder, reason = Path(path).parent, f'{type(error).__name__}: {str(error)[:80]}'
+            others = sorted({*folder.glob('*.pt'), *folder.glob('earlier-*/*.pt')} - {Path(path)})
             raise UserError(f'{path} is damaged or not a checkpoint ({reason}): to start from, there is '
-                            f'{", ".join(sorted(others)) or "no other beside it"}') from error
-    kinds = dict(model=dict, model_args=dict, tokenizer=dict, config=dict, iter_num=int, best_val_loss=float)
-    wrong = [key for key, kind in (kinds | dict.fromkeys(more, dict)).items()
-             if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(key), kind)]
-    if wrong:
+                            f'{", ".join(map(str, others)) or "no other beside it"}') from error
+    kinds = dict.fromkeys(('model', 'model_args', 'tokenizer', 'config', *more), dict)
+    kinds |= dict(iter_num=int, best_val_loss=float)
+    if wrong := [key for key, kind in kinds.items() if not isinstance(checkpoint.get(key), kind)]:
         raise UserError(f"{path} is not a checkpoint to start from this way: it lacks {', '.join(wrong)}")
     return checkpoint | dict(path=path)
 
@@ -436,19 +436,18 @@ def from_nanogpt(checkpoint, path, data):
                             f'but there is no meta.pkl with as many: copy its folder to {ours}')
     weights = {name.removeprefix('_orig_mod.'): w for name, w in checkpoint['model'].items()
                if not name.endswith('.attn.bias')}
-    rest = dict(optimizer=dict(adamw=checkpoint['optimizer'])) if 'optimizer' in checkpoint else {}
-    return dict(model=weights, best_val_loss=float(checkpoint['best_val_loss']), scaler={}, tokenizer=tokenizer, **rest)
+    return dict(model=weights, best_val_loss=float(checkpoint['best_val_loss']), scaler={}, tokenizer=tokenizer,
+                optimizer=checkpoint.get('optimizer') and dict(adamw=checkpoint['optimizer']))
 
 
 def load_pretrained(source):
     """Weights in Hugging Face's format as a checkpoint: in float32, with our names and our way round."""
-    files = [find_pretrained(source) if source in PRETRAINED else source]
-    if os.path.isdir(source):
-        files = sorted(glob.glob(os.path.join(glob.escape(source), 'model*.safetensors')))  # a large model has several
-    if not files or not os.path.exists(files[0]):
+    path = Path(find_pretrained(source) if source in PRETRAINED else source)
+    files = sorted(path.glob('model*.safetensors')) or [path]  # a large model has several
+    if not files[0].is_file():
         raise UserError(f'{source}: there is no model.safetensors: name a folder that transformers or '
                         'python model.py --export_dir=FOLDER has written')
-    folder, weights = os.path.dirname(files[0]), {}
+    folder, weights = files[0].parent, {}
     for file in files:
         for name, tensor in read_safetensors(file):
             name = name.removeprefix('transformer.')
@@ -467,31 +466,26 @@ def load_pretrained(source):
     if not torch.equal(weights.setdefault('lm_head.weight', wte), wte):
         raise UserError(f'{source}: lm_head.weight is not wte.weight, which GPT-2 uses for both')
 
-    config = read_json(os.path.join(folder, 'config.json'))
+    config = read_json(folder / 'config.json')
     n_layer = sum(name.endswith('.ln_1.weight') for name in weights)
-    fits = dict(model_type=['gpt2'], n_layer=[n_layer], n_embd=[n_embd], n_positions=[block_size],
-                vocab_size=[vocab_size], n_inner=[4 * n_embd, None], layer_norm_epsilon=[1e-5],
-                activation_function=['gelu_new', 'gelu_pytorch_tanh'], scale_attn_weights=[True],
-                scale_attn_by_inverse_layer_idx=[False], tie_word_embeddings=[True], add_cross_attention=[False])
-    for key, values in fits.items():
-        if config.get(key, values[0]) not in values:
-            raise UserError(f'{folder}/config.json says {key}={config[key]!r}, but this GPT-2 has {values[0]!r}')
+    facts = FACTS | dict(n_layer=n_layer, n_embd=n_embd, n_positions=block_size, vocab_size=vocab_size)
+    synonyms = dict(activation_function='gelu_pytorch_tanh', n_inner=4 * n_embd)
+    for key, value in facts.items():
+        if config.get(key, value) not in (value, synonyms.get(key, value)):
+            raise UserError(f'{folder}/config.json says {key}={config[key]!r}, but this GPT-2 has {value!r}')
     if 'n_head' not in config and n_embd % 64:
         raise UserError(f'{source}: a width of {n_embd} is not heads of 64 as in GPT-2: their number belongs in a '
                         'config.json beside it, as n_head')
 
-    tokenizer = read_json(os.path.join(folder, 'meta.json')).get('tokenizer')  # what we exported
+    tokenizer = read_json(folder / 'meta.json').get('tokenizer')  # what we exported
     if not tokenizer:
-        is_gpt2 = 50257 <= vocab_size <= 50304
-        for path in (os.path.join(folder, 'vocab.json'), os.path.join(folder, 'tokenizer.json')):
-            if os.path.exists(path):
-                with open(path, 'rb') as f:
-                    is_gpt2 = is_gpt2 and re.search(rb'gazed": ?50255\b', f.read())  # the last of GPT-2's own
+        vocabularies = [p.read_bytes() for p in (folder / 'vocab.json', folder / 'tokenizer.json') if p.exists()]
+        is_gpt2 = 50257 <= vocab_size <= 50304 and all(re.search(rb'gazed": ?50255\b', v) for v in vocabularies)
         tokenizer = dict(type='gpt2' if is_gpt2 else 'unknown')
     model_args = dict(n_layer=n_layer, n_head=config.get('n_head', n_embd // 64), n_embd=n_embd, block_size=block_size,
                       vocab_size=vocab_size, bias='transformer.ln_f.bias' in weights, dropout=0.0)
     return dict(model=weights, model_args=model_args, tokenizer=tokenizer, config={}, iter_num=0,
-                best_val_loss=math.inf, path=files[0])
+                best_val_loss=math.inf, path=str(files[0]))
 
 
 def find_pretrained(name):
@@ -504,7 +498,7 @@ def find_pretrained(name):
         if os.path.exists(file):
             return file
     print(f'{name}: downloading to {path} (another folder: GPT_CACHE=FOLDER)', file=sys.stderr)
-    download({path: f'{HUB}/openai-community/{name}/resolve/main/model.safetensors'}, PRETRAINED[name],
+    download({path: f'{HUB}/openai-community/{name}/resolve/main/model.safetensors'}, PRETRAINED[name][3],
              check=lambda path: next(read_safetensors(path), None))
     return path
 
@@ -523,10 +517,9 @@ def read_safetensors(path):
             entries = sorted((*entry['data_offsets'], name, entry['dtype'], entry['shape'])
                              for name, entry in header.items())
             for begin, end, name, dtype, shape in entries:
-                if not all(type(n) is int and n >= 0 for n in (begin, end, *shape)):
-                    raise ValueError(f'{name} has sizes that are not whole numbers')
-                if begin != at or end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
-                    raise ValueError(f'{name}, {dtype} {shape}, in bytes {begin:,} to {end:,}, where {at:,} are taken')
+                whole = all(type(n) is int and n >= 0 for n in (begin, end, *shape))
+                if not whole or begin != at or end - at != math.prod(shape) * DTYPES[dtype].itemsize:
+                    raise ValueError(f'{name}, {dtype} {shape}, in bytes {begin} to {end}, where {at} are taken')
                 at = end
             if 8 + length + at != size:
                 raise ValueError(f'{8 + length + at:,} bytes by its header, {size:,} on disk')
@@ -543,15 +536,14 @@ def read_safetensors(path):
 
 def to_huggingface(checkpoint, folder):
     """Write a folder that transformers loads: the weights, what it wants to know of them, and the tokenizer."""
-    config = GPTConfig(**checkpoint['model_args'])
+    model = GPT.from_checkpoint(checkpoint)
+    config, tensors = model.config, {}
     if flags := [flag for flag in ('rope', 'qk_norm', 'relu2') if getattr(config, flag)]:
         raise UserError(f"GPT-2's format has no place for {', '.join(flags)}: only models without can be exported this "
                         'way; --export_onnx=FILE can hold it')
-    weights, tok = GPT.from_checkpoint(checkpoint).state_dict(), get_tokenizer(checkpoint['tokenizer'])
-    weights.pop('lm_head.weight')  # tied
-    weights['transformer.wte.weight'] = weights['transformer.wte.weight'][:tok.n_vocab]  # without the padding
-    tensors = {}
-    for name, w in weights.items():
+    tok = get_tokenizer(checkpoint['tokenizer'])
+    for name, w in model.named_parameters():  # the tied head is not named again
+        w = w.detach()[:tok.n_vocab if 'wte' in name else None]  # without the padding
         tensors[name] = w.T if name.endswith(TURNED) else w
         if not config.bias and not name.endswith(('wte.weight', 'wpe.weight')):
             tensors[name.replace('weight', 'bias')] = torch.zeros(len(w))
@@ -561,10 +553,9 @@ def to_huggingface(checkpoint, folder):
     header = json.dumps(header).encode()
     header += b' ' * (-len(header) % 8)
 
-    facts = dict(
-        model_type='gpt2', architectures=['GPT2LMHeadModel'], n_layer=config.n_layer, n_head=config.n_head,
-        n_embd=config.n_embd, n_positions=config.block_size, vocab_size=len(tensors['transformer.wte.weight']),
-        activation_function='gelu_new', layer_norm_epsilon=1e-5, tie_word_embeddings=True, dtype='float32',
+    facts = FACTS | dict(
+        architectures=['GPT2LMHeadModel'], n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd,
+        n_positions=config.block_size, vocab_size=len(tensors['transformer.wte.weight']), dtype='float32',
         resid_pdrop=config.dropout, embd_pdrop=config.dropout, attn_pdrop=config.dropout)
     ends = dict(bos_token_id=tok.eot, eos_token_id=tok.eot)
     files = {'config.json': facts | ends, 'generation_config.json': ends if tok.eot is not None else {},
@@ -579,15 +570,13 @@ def to_huggingface(checkpoint, folder):
             tensor.contiguous().numpy().tofile(f)
     os.replace(path + '.tmp', path)
     for name, content in files.items():
-        with open(os.path.join(folder, name), 'w', encoding='utf-8') as f:
-            json.dump(content, f, indent=1)
+        Path(folder, name).write_text(json.dumps(content, indent=1), encoding='utf-8')
     print(f'{folder}: model.safetensors, {", ".join(files)}')
 
 
 def to_onnx(model, path):
     """Write the model as an ONNX graph from idx, of any batch size and length, to logits."""
-    optional('onnx', 'export_onnx')
-    optional('onnxscript', 'export_onnx')
+    optional('onnxscript', 'export_onnx')  # which brings onnx along
     torch.onnx.export(model, (torch.zeros(2, 2, dtype=torch.long),), path, input_names=['idx'], output_names=['logits'],
                       dynamic_shapes=dict(idx={0: 'batch', 1: 'time'}), dynamo=True, verbose=False)
     print(f'{path}: idx (batch, time up to {model.config.block_size}) -> logits (batch, time, vocabulary)')
@@ -734,8 +723,8 @@ if __name__ == '__main__':
                               tokenizer=dict(type='char', chars=chars))
         follow(GPT.from_checkpoint(checkpoint).eval(), get_tokenizer(checkpoint['tokenizer']), trace, layer, head)
     else:
-        if init_from in SIZES:  # known without the weights
-            n_layer, n_head, n_embd = SIZES[init_from]
+        if init_from in PRETRAINED:  # known without the weights
+            n_layer, n_head, n_embd, _ = PRETRAINED[init_from]
             config = GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
         elif init_from:
             config = GPTConfig(**load_checkpoint(init_from)['model_args'])
