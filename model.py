@@ -48,12 +48,10 @@ class GPTConfig:
     def __post_init__(self):
         check(vars(self), 'block_size > 0', 'vocab_size > 0', 'n_layer > 0', 'n_head > 0', 'n_embd > 0', 'dropout >= 0',
               'dropout < 1')
-        if self.n_embd % self.n_head:
-            step = 2 * self.n_head  # rope needs even shares
-            raise UserError(f'n_embd={self.n_embd} is not divisible by n_head={self.n_head}: each head takes an equal '
-                            f'share, so use n_embd={math.ceil(self.n_embd / step) * step}')
-        if self.rope and self.n_embd // self.n_head % 2:
-            raise UserError(f'rope rotates pairs: n_embd/n_head={self.n_embd // self.n_head} must be even')
+        step = self.n_head * (2 if self.rope else 1)  # rope turns pairs
+        if self.n_embd % step:
+            raise UserError(f'n_embd={self.n_embd} is not divisible by n_head={self.n_head} (with rope by twice that): '
+                            f'each head takes an equal share, so use n_embd={math.ceil(self.n_embd / step) * step}')
 
 
 def rotate(x, rotation):
@@ -163,10 +161,10 @@ class GPT(nn.Module):
         """Ids (B, T), the first of them at position start, to the final normalised stream (B, T, C). With a cache, the
         tokens before start are in it, and these join them."""
         T, size = idx.shape[1], self.config.block_size
-        assert T <= size, f'{T} tokens do not fit block_size={size}'
-        position, mask = start + torch.arange(T, device=idx.device), None
-        if cache is not None:
-            mask = torch.arange(cache[0].shape[-2], device=idx.device) <= position[:, None]  # (T, length of the cache)
+        length = T if cache is None else cache[0].shape[-2]
+        assert length <= size, f'{length} tokens do not fit block_size={size}'
+        position = start + torch.arange(T, device=idx.device)
+        mask = None if cache is None else torch.arange(length, device=idx.device) <= position[:, None]  # (T, length)
         x, rotation = self.transformer.wte(idx), None  # (B, T, C)
         if self.config.rope:
             half = self.config.n_embd // self.config.n_head // 2
@@ -192,10 +190,8 @@ class GPT(nn.Module):
 
     def empty_cache(self, batch_size, length):
         """Room for each layer's keys and values of so many tokens, for hidden()."""
-        heads, width = self.config.n_head, self.config.n_embd
-        assert length <= self.config.block_size, f'{length} tokens do not fit block_size={self.config.block_size}'
-        return [self.transformer.wte.weight.new_zeros(2, batch_size, heads, length, width // heads)
-                for _ in self.transformer.h]
+        shape = 2, batch_size, self.config.n_head, length, self.config.n_embd // self.config.n_head
+        return [self.transformer.wte.weight.new_zeros(shape) for _ in self.transformer.h]
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, vocab_size=None, compile=False):
@@ -239,7 +235,7 @@ class GPT(nn.Module):
     @classmethod
     def from_checkpoint(cls, checkpoint, **changes):
         """The model in a checkpoint that load_checkpoint read, with the changes made to its config (dropout, say)."""
-        args, weights = {**checkpoint['model_args'], **changes}, checkpoint['model']
+        args, weights = checkpoint['model_args'] | changes, checkpoint['model']
         try:
             if args['n_layer'] > len(weights):
                 raise ValueError(f"{args['n_layer']} layers in {len(weights)} tensors")
@@ -247,8 +243,7 @@ class GPT(nn.Module):
                 model = cls(GPTConfig(**args))
             model.load_state_dict({name: w.float() for name, w in weights.items()}, assign=True)
         except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
-            reason = ' '.join(str(error).split())
-            raise UserError(f"a checkpoint's weights do not fit its model_args: {reason}") from None
+            raise UserError(f"a checkpoint's weights do not fit its model_args: {error}") from None
         model.lm_head.weight = model.transformer.wte.weight
         return model
 
