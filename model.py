@@ -9,7 +9,6 @@ $ python model.py --init_from=gpt2-xl --batch_size=1             # what it takes
 $ python model.py --init_from=out-shakespeare --trace="To be" --layer=1 --head=2   # a text on its way through a model
 $ python model.py --init_from=out-mine --export_dir=out-mine-hf  # write it for Hugging Face's transformers
 """
-import glob
 import json
 import math
 import os
@@ -25,7 +24,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
 from configurator import UserError, check, configure, optional
@@ -489,7 +487,7 @@ def find_pretrained(name):
     path = os.path.join(os.path.expanduser(env('GPT_CACHE') or '~/.cache/gpt'), name, 'model.safetensors')
     home = env('HF_HOME') or os.path.join(env('XDG_CACHE_HOME') or '~/.cache', 'huggingface')
     hub = os.path.expanduser(env('HF_HUB_CACHE') or os.path.join(home, 'hub'))
-    for file in (path, *glob.glob(f'{hub}/models--openai-community--{name}/snapshots/*/model.safetensors')):
+    for file in (path, *Path(hub).glob(f'models--openai-community--{name}/snapshots/*/model.safetensors')):
         if os.path.exists(file):
             return file
     print(f'{name}: downloading to {path} (another folder: GPT_CACHE=FOLDER)', file=sys.stderr)
@@ -589,7 +587,7 @@ WHAT = dict(wte='token id -> vector', wpe='position -> vector, added', drop='dro
 def watch(model, *inputs):
     """One forward pass: what comes out of every module, by name, in the order in which they are done."""
     names, outputs = {module: name for name, module in model.named_modules()}, {}
-    with register_module_forward_hook(lambda module, _, out: outputs.update({names[module]: out})):
+    with nn.modules.module.register_module_forward_hook(lambda module, _, out: outputs.update({names[module]: out})):
         model(*inputs)
     return outputs
 
@@ -600,18 +598,15 @@ def follow(model, tok, text, layer, head):
     model would say next after each block. Returns the logits."""
     check(dict(layer=layer, head=head), 'layer >= 0', f'layer < {model.config.n_layer}', 'head >= 0',
           f'head < {model.config.n_head}')
-    ids, attention = tok.encode(text, special=True).tolist(), []
+    ids = tok.encode(text, special=True).tolist()
     if not 0 < len(ids) <= model.config.block_size:
         raise UserError(f'trace={text!r} is {len(ids)} tokens: from 1 to block_size={model.config.block_size} of them')
     piece = lambda i: repr(tok.decode_bytes([i]).decode('utf-8', 'replace'))[1:-1]  # noqa: E731
-    attend = F.scaled_dot_product_attention
-
-    def look(q, k, v, *args, **kwargs):  # the weights come out of it where each value is a 1 in a place of its own
-        attention.append(attend(q, k, torch.eye(len(ids)).expand(*q.shape[:2], -1, -1), *args, **kwargs)[0])
-        return attend(q, k, v, *args, **kwargs)
-
-    with patch.object(F, 'scaled_dot_product_attention', look):
+    with patch.object(F, 'scaled_dot_product_attention', wraps=F.scaled_dot_product_attention) as attend:
         outputs = watch(model, torch.tensor([ids]))
+    q, k = attend.call_args_list[layer].args[:2]  # (1, heads, T, head size)
+    ones = torch.eye(len(ids)).expand(*q.shape[:2], -1, -1)  # where each value is a 1 in its own place, shares come out
+    shares = F.scaled_dot_product_attention(q, k, ones, is_causal=True)[0, head]  # (T, T)
 
     print(f'{len(ids)} tokens: ' + ' '.join(f'{piece(i)!r}={i}' for i in ids))
     print(f'\n{"what comes out of":<30}{"shape":<20}{"mean":>8}{"std":>8}  what it did')
@@ -626,8 +621,8 @@ def follow(model, tok, text, layer, head):
     labels = [piece(i)[:12] for i in ids]
     for letters in zip(*(label.rjust(max(map(len, labels))) for label in labels), strict=True):
         print(' ' * 14 + ' '.join(letters))
-    for label, weights in zip(labels, attention[layer][head], strict=True):
-        print(f'{label:>12}  ' + ' '.join(' .:-=+*#%@'[min(9, int(w * 10))] for w in weights.tolist()).rstrip())
+    for label, row in zip(labels, shares.tolist(), strict=True):
+        print(f'{label:>12}  ' + ' '.join(' .:-=+*#%@'[min(9, int(share * 10))] for share in row).rstrip())
 
     print('\nafter block    length of the stream    what it would say next, were this the last')
     for i in range(model.config.n_layer):
