@@ -53,9 +53,8 @@ class GPTConfig:
 
 
 def rotate(x, rotation):
-    """Rotary positions: turn each pair (x[i], x[i + half]) of a query or key by an angle proportional to its position.
-
-    The dot product of two vectors that are turned so depends only on how far apart their tokens stand."""
+    """Rotary positions: turn each pair (x[i], x[i + half]) of a query or key by an angle proportional to its position,
+    so that the dot product of a query and a key depends on how far apart their tokens stand, and not on where."""
     cos, sin = rotation
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)
@@ -361,8 +360,7 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None):
     probs = logits.softmax(dim=-1)
     if nucleus:
         probs = probs * (probs.cumsum(dim=-1) - probs < top_p)  # none whose betters hold that much already
-    if probs.device.type == 'mps':  # whose multinomial can return ids of zero probability
-        probs = probs.cpu()
+    probs = probs.cpu() if probs.device.type == 'mps' else probs  # whose multinomial can draw ids of no probability
     token = torch.multinomial(probs, 1).to(logits.device)
     return (token if ids is None else ids.gather(1, token)).squeeze(1)
 
@@ -503,9 +501,7 @@ def read_safetensors(path):
     with open(path, 'rb') as f:
         length = int.from_bytes(f.read(8), 'little')
         try:
-            if length > min(size - 8, 100_000_000):
-                raise ValueError(f'a header of {length:,} bytes in a file of {size:,}')
-            header = json.loads(f.read(length))
+            header = json.loads(f.read(min(length, 100_000_000)))  # what is longer is no header
             header.pop('__metadata__', None)
             entries = sorted((*entry['data_offsets'], name, entry['dtype'], entry['shape'])
                              for name, entry in header.items())
