@@ -355,8 +355,7 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None):
     logits = logits.float() / temperature  # below 1 sharpens the choice, above 1 flattens it
     nucleus, ids = top_p is not None and top_p < 1, None
     if top_k or nucleus:  # the k likeliest, in this order
-        n = logits.shape[-1]
-        logits, ids = logits.topk(min(top_k or n, n))
+        logits, ids = logits.topk(min(top_k or math.inf, logits.shape[-1]))
     probs = logits.softmax(dim=-1)
     if nucleus:
         probs = probs * (probs.cumsum(dim=-1) - probs < top_p)  # none whose betters hold that much already
@@ -600,9 +599,9 @@ def follow(model, tok, text, layer, head):
     piece = lambda i: repr(tok.decode_bytes([i]).decode('utf-8', 'replace'))[1:-1]  # noqa: E731
     with patch.object(F, 'scaled_dot_product_attention', wraps=F.scaled_dot_product_attention) as attend:
         outputs = watch(model, torch.tensor([ids]))
-    q, k = attend.call_args_list[layer].args[:2]  # (1, heads, T, head size)
-    ones = torch.eye(len(ids)).expand(*q.shape[:2], -1, -1)  # where each value is a 1 in its own place, shares come out
-    shares = F.scaled_dot_product_attention(q, k, ones, is_causal=True)[0, head]  # (T, T)
+    q, k = (x[0, head] for x in attend.call_args_list[layer].args[:2])  # (T, head size)
+    # where each value is a 1 in a place of its own, what comes out are the shares: (T, T)
+    shares = F.scaled_dot_product_attention(q, k, torch.eye(len(ids)), is_causal=True)
 
     print(f'{len(ids)} tokens: ' + ' '.join(f'{piece(i)!r}={i}' for i in ids))
     print(f'\n{"what comes out of":<30}{"shape":<20}{"mean":>8}{"std":>8}  what it did')
@@ -640,13 +639,12 @@ def explain(config, batch_size, dtype):
         """What comes out of every module, and how many bytes autograd keeps for the backward pass, weights aside."""
         model.recompute = recompute
         kept = {p.untyped_storage()._cdata: p for p in model.parameters()}  # each storage counts once
-        keep = torch.autograd.graph.saved_tensors_hooks(
-            lambda tensor: kept.setdefault(tensor.untyped_storage()._cdata, tensor), lambda tensor: tensor)
-        with keep, torch.autocast('cpu', getattr(torch, dtype), enabled=dtype != 'float32'):
+        keep = lambda t: kept.setdefault(t.untyped_storage()._cdata, t)  # noqa: E731
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             outputs = watch(model, idx, idx)
-        return outputs, sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) - 4 * n
+        return outputs, sum(t.untyped_storage().nbytes() for t in kept.values()) - 4 * n
 
-    with FakeTensorMode():
+    with FakeTensorMode(), torch.autocast('cpu', getattr(torch, dtype), enabled=dtype != 'float32'):
         model, idx = GPT(config), torch.zeros(batch_size, config.block_size, dtype=torch.long)
         n = model.num_params()
         (outputs, kept), (_, outside) = forward(False), forward(True)
@@ -665,7 +663,7 @@ def explain(config, batch_size, dtype):
                   f'{"tied to wte" if last == "lm_head" else parameters:>14}{flops / 1e9:>16,.3f}')
     print(f'\nparameters {n:,}; to train on one token takes {model.flops_per_token() / 1e9:,.3f} GFLOPs, '
           f'on a batch of {batch_size} x {config.block_size} {model.flops_per_token() * tokens / 1e12:,.3f} TFLOPs\n'
-          f'weights in MB: {n * 4 / 1e6:,.1f} in float32, {n * 2 / 1e6:,.1f} in bfloat16, {n / 1e6:,.1f} in int8')
+          f'weights alone in MB: {4 * n / 1e6:,.1f} in float32, {2 * n / 1e6:,.1f} in bfloat16, {n / 1e6:,.1f} in int8')
 
     inside = (kept - outside) / config.n_layer  # with activation_checkpointing: of one block, and what enters each
     fewer = outside + inside + 4 * tokens * config.n_embd * config.n_layer
