@@ -161,8 +161,9 @@ def resolve(device, dtype, compile=False, width=0):
     if kind == 'cuda':
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')  # TF32 for what stays float32
-    if kind == 'cpu' and 'LOCAL_WORLD_SIZE' in os.environ:  # torchrun gives each process one thread
-        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ['LOCAL_WORLD_SIZE'])))
+    processes = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    if kind == 'cpu' and processes > 1:  # to each of which torchrun gives one thread
+        torch.set_num_threads(max(1, os.cpu_count() // processes))
     if dtype == 'auto' and kind == 'cuda':  # a T4 claims bfloat16 but only emulates it, hence the argument
         dtype = 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
     if dtype == 'auto':

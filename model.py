@@ -18,7 +18,6 @@ import zipfile
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -597,6 +596,7 @@ def follow(model, tok, text, layer, head):
     if not 0 < len(ids) <= model.config.block_size:
         raise UserError(f'trace={text!r} is {len(ids)} tokens: from 1 to block_size={model.config.block_size} of them')
     piece = lambda i: repr(tok.decode_bytes([i]).decode('utf-8', 'replace'))[1:-1]  # noqa: E731
+    from unittest.mock import patch
     with patch.object(F, 'scaled_dot_product_attention', wraps=F.scaled_dot_product_attention) as attend:
         outputs = watch(model, torch.tensor([ids]))
     q, k = (x[0, head] for x in attend.call_args_list[layer].args[:2])  # (T, head size)

@@ -475,8 +475,9 @@ def prepare(dataset, source='', tokenizer='', vocab_size=4096, val_fraction=0.0,
     if not source:
         raise UserError(f'dataset={dataset!r} is not one of {", ".join(DATASETS)}: say where its text is with '
                         '--source=FILE_OR_FOLDER_OR_URL')
-    check(dict(val_fraction=val_fraction, shards=shards), 'val_fraction > 0', 'val_fraction < 1',
-          'shards >= 0' if 'shards' in row else 'shards == 0')
+    check(dict(val_fraction=val_fraction, shards=shards), 'val_fraction > 0', 'val_fraction < 1', 'shards >= 0')
+    if shards and 'shards' not in row:
+        raise UserError(f'shards={shards}, but {source} does not come in shards: leave it out')
     tokenized = source.endswith('.bin')
     if tokenized and tokenizer != 'gpt2':
         raise UserError(f"tokenizer={tokenizer!r}, but {source} is in GPT-2's tokens already: leave it out")

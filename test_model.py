@@ -1385,7 +1385,8 @@ def test_a_killed_worker_brings_two_nodes_back_from_the_newest_checkpoint(start,
         endpoint = f'127.0.0.1:{s.getsockname()[1]}'
     torchrun = ('--nnodes=2', '--nproc_per_node=1', '--rdzv_backend=c10d', f'--rdzv_endpoint={endpoint}',
                 '--rdzv_id=a', '--max_restarts=5')
-    nodes = [start('train.py', *args, f'--out_dir={tmp_path / "two"}', torchrun=torchrun) for _ in range(2)]
+    args, one_thread = [*args, f'--out_dir={tmp_path / "two"}'], dict(os.environ, OMP_NUM_THREADS='1')
+    nodes = [start('train.py', *args, torchrun=torchrun, env=one_thread) for _ in range(2)]
     given_up, log = time.time() + 100, tmp_path / 'two' / 'log.jsonl'
     while not log.exists() or '"iter": 25' not in log.read_text():
         assert time.time() < given_up and all(node.poll() is None for node in nodes)
