@@ -391,8 +391,11 @@ def load_checkpoint(source, *more, data=None):
                         f'{", ".join(PRETRAINED)}, or train a model: python train.py config/train_shakespeare.py')
     with open(path, 'rb') as f:
         try:
-            if zipfile.is_zipfile(f) and (part := zipfile.ZipFile(f).testzip()):
-                raise ValueError(f'{part} is not what was saved')
+            if zipfile.is_zipfile(f):
+                archive = zipfile.ZipFile(f)
+                folders = [part.filename for part in archive.infolist() if part.external_attr]  # torch would read zeros
+                if damaged := archive.testzip() or folders:
+                    raise ValueError(f'{damaged} is not what was saved')
             f.seek(0)
             checkpoint = dict(torch.load(f, map_location='cpu', weights_only=True))
             if 'tokenizer' not in checkpoint:
