@@ -262,10 +262,10 @@ def read_hellaswag(path, tok, block_size):
                     raise ValueError
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise UserError(f'{path}, line {number}: not an item with a ctx, endings and a label') from None
-    longest = max((len(ids) for _, endings, _ in items for ids in endings), default=0)
-    if not 0 < longest <= block_size:
-        raise UserError(f'{path}: its longest ending has {longest} tokens, the window of the model {block_size}')
-    room = block_size + 1 - longest
+    room = block_size + 1 - max((len(ids) for _, endings, _ in items for ids in endings), default=0)
+    if room < 1:
+        raise UserError(f'{path} has endings of {block_size + 1 - room} tokens, and the model sees {block_size}: take '
+                        'one with a larger block_size')
     return sorted(((context[-room:], endings, label) for context, endings, label in items), key=lambda i: len(i[0]))
 
 
@@ -289,6 +289,8 @@ def hellaswag(model, checkpoint, files, batch_size, device, rank, world):
     """How often the right ending has the least loss in all (acc), and the least loss a token (acc_norm)."""
     tok, size = get_tokenizer(checkpoint['tokenizer']), model.config.block_size
     items = [item for path in files for item in read_hellaswag(path, tok, size)]
+    if not items:
+        raise UserError(f'source: there are no items in {", ".join(files) or "this folder"}')
     alike = [list(group) for _, group in itertools.groupby(items, lambda item: (len(item[0]), len(item[1])))]
     batches = [group[i:i + batch_size] for group in alike for i in range(0, len(group), batch_size)][rank::world]
     counts, progress = torch.zeros(3), Progress('hellaswag', len(items) / world, 'items')
@@ -316,7 +318,8 @@ def text_loss(model, checkpoint, files, stride, batch_size, device, rank, world)
     ids, n_bytes = read_text(files, checkpoint['tokenizer'])
     size = model.config.block_size
     if stride > size:
-        raise UserError(f'stride={stride}: the model sees windows of {size}, and would miss what is between: use less')
+        raise UserError(f'stride={stride}: the model sees windows of {size}, and would miss what is between: use at '
+                        f'most {size}')
     stride, size = stride or max(1, size // 2), min(size, len(ids) - 1)
     begins = np.append(np.arange(0, len(ids) - 1 - size, stride), len(ids) - 1 - size)
     counted = np.append(0, begins[:-1] + size - begins[1:])  # of each window's targets, in the one before it
@@ -352,7 +355,7 @@ def read_text(files, spec):
             parts += [tok.encode(text), separator * ends]
         ids = np.concatenate([[], *parts[:-1]]).astype(np.uint16)
     if len(ids) < 2:
-        raise UserError(f'the source has {len(ids)} tokens: there is nothing to predict')
+        raise UserError(f'{", ".join(files) or "source"} has {len(ids)} tokens: there is nothing to predict')
     return ids, len(tok.decode_bytes(ids[1:][ids[1:] != tok.eot]))
 
 
@@ -403,7 +406,7 @@ def picture(runs, path):
 def characters(runs, width=72, height=18):
     """The same in the terminal."""
     names = dict(zip(runs, itertools.cycle('abcdefghijklmnopqrstuvwxyz'), strict=False))
-    points = [(p, '.') for curves in runs.values() for p in curves['train']]
+    points = [(p, '.') for curves in runs.values() for p in curves['train'] if len(runs) == 1]  # else, whose are they?
     points += [(p, names[run]) for run, curves in runs.items() for p in curves['val']]
     low, high = (f(p[3] for p, _ in points) for f in (min, max))
     for axis, label in enumerate(AXES):
@@ -414,8 +417,8 @@ def characters(runs, width=72, height=18):
         for number, row in enumerate(rows):
             print(f'{high - (high - low) * number / (height - 1):7.3f} |' + ''.join(row).rstrip())
         print(f'{"":8}+{"-" * width}\n{"":9}0{f"{most:,.0f} {label}":>{width - 1}}\n')
-    print('val loss: ' + ', '.join(f'{mark} {run}' for run, mark in names.items())
-          + '; train loss: dots. --plot=curves.png makes a picture of it (pip install matplotlib)')
+    print('val loss: ' + ', '.join(f'{mark} {run}' for run, mark in names.items()) + '; train loss: dots' * (len(runs) == 1)
+          + '. --plot=curves.png makes a picture of it (pip install matplotlib)')
 
 
 def alternate(task, vs, repeats):

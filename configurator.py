@@ -169,6 +169,8 @@ def resolve(device, dtype, compile=False, width=0):
     if dtype == 'auto':
         fast = kind == 'cpu' and width >= 256 and torch.cpu._is_avx512_bf16_supported()
         dtype = 'bfloat16' if fast else 'float32'
-    check(dict(dtype=dtype, compile=compile), "compile in (True, False, 'auto')", "dtype in ('float32', 'bfloat16')"
-          if kind != 'cuda' else "dtype in ('float32', 'bfloat16', 'float16')")  # float16 trains only there
+    check(dict(dtype=dtype, compile=compile), "dtype in ('float32', 'bfloat16', 'float16')",
+          "compile in (True, False, 'auto')")
+    if dtype == 'float16' and kind != 'cuda':
+        raise UserError(f"dtype='float16' trains only on CUDA, not on {kind}: use 'bfloat16' or 'float32'")
     return device, dtype, kind == 'cuda' if compile == 'auto' else compile

@@ -45,10 +45,11 @@ class GPTConfig:
     def __post_init__(self):
         check(vars(self), 'block_size > 0', 'vocab_size > 0', 'n_layer > 0', 'n_head > 0', 'n_embd > 0', 'dropout >= 0',
               'dropout < 1')
-        step = self.n_head * (2 if self.rope else 1)  # rope turns pairs
+        step = self.n_head * (2 if self.rope else 1)
         if self.n_embd % step:
-            raise UserError(f'n_embd={self.n_embd} is not divisible by n_head={self.n_head} (with rope by twice that): '
-                            f'each head takes an equal share, so use n_embd={math.ceil(self.n_embd / step) * step}')
+            needed = f'2 x n_head={self.n_head}, as rope turns pairs' if self.rope else f'n_head={self.n_head}'
+            raise UserError(f'n_embd={self.n_embd} is not divisible by {needed}: each head takes an equal share, so '
+                            f'use n_embd={math.ceil(self.n_embd / step) * step}')
 
 
 def rotate(x, rotation):
@@ -695,6 +696,8 @@ if __name__ == '__main__':
     check(settings, 'batch_size > 0', "dtype in ('float32', 'bfloat16')")
     config = GPTConfig(**{name: settings[name] for name in vars(GPTConfig())})
     if export_dir or export_onnx:
+        if not init_from:
+            raise UserError('to export a model it has to be named: --init_from=out-mine, say')
         checkpoint = load_checkpoint(init_from)
         if export_dir:
             to_huggingface(checkpoint, export_dir)

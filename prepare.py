@@ -196,7 +196,8 @@ def make_spec(tokenizer, files, vocab_size):
         return dict(type='char', chars=''.join(map(chr, np.flatnonzero(seen))))
     if tokenizer == 'bpe':
         import regex  # which tiktoken depends on: the same syntax as its own
-        check(dict(vocab_size=vocab_size), 'vocab_size >= 258', 'vocab_size <= 65536')  # at least bytes and the end
+        if vocab_size < 258:
+            raise UserError(f'vocab_size={vocab_size}: a bpe starts from 256 bytes and {END_OF_TEXT}, so at least 258')
         words, learned = Counter(), 0
         for text, _ in read(files, 'words'):
             words.update(regex.findall(SPLIT, text))
@@ -208,8 +209,11 @@ def make_spec(tokenizer, files, vocab_size):
             print(f'after {len(merges)} merges no pair occurs twice: the text has no use for vocab_size={vocab_size}')
         return dict(type='bpe', split=SPLIT, merges=merges)
     if tokenizer.startswith('sp:'):
-        with open(tokenizer[3:], 'rb') as f:
-            return dict(type='sp', model=base64.b64encode(f.read()).decode())
+        try:
+            with open(tokenizer[3:], 'rb') as f:
+                return dict(type='sp', model=base64.b64encode(f.read()).decode())
+        except OSError as error:
+            raise UserError(f'tokenizer={tokenizer}: {error}') from None
     if tokenizer.endswith(('.json', 'meta.pkl')):
         folder, name = os.path.split(tokenizer)
         if spec := nanogpt_tokenizer(folder) if name == 'meta.pkl' else read_json(tokenizer).get('tokenizer'):
@@ -297,7 +301,7 @@ def download(urls, digest=None, check=None):
         for pause in PAUSES:
             try:
                 return fetch(path, url, digest, check, come, sizes, stop)
-            except requests.RequestException as error:
+            except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
                 problem = error
                 stop.wait(pause)
         reason = getattr(problem.args[0], 'reason', problem) if problem.args else problem  # the innermost one
@@ -327,7 +331,7 @@ def check_secure(url):
 
 
 def fetch(path, url, digest, check, come, sizes, stop):
-    """One try to complete path.part and give it its name. Raises a RequestException if another may go better."""
+    """One try to complete path.part and give it its name. Raises a ConnectionError if another may go better."""
     check_secure(url)
     part = path + '.part'
     have = os.path.getsize(part) if os.path.exists(part) else 0
@@ -443,7 +447,7 @@ def read_file(f, path):
         while block := f.read(2 * CHUNK):
             yield np.frombuffer(block, '<u2'), False
     elif kind == 'jsonl':
-        for number, line in enumerate(f, 1):
+        for number, line in enumerate(io.TextIOWrapper(f, 'utf-8-sig'), 1):
             try:
                 text = json.loads(line)['text'] if line.strip() else ''
                 text = text.encode('utf-8', 'replace').decode()  # JSON can hold half characters
@@ -543,8 +547,11 @@ def read_json(path):
     """The object in a JSON file, or {} where there is no such file."""
     try:
         with open(path, encoding='utf-8') as f:
-            return {} | json.load(f)  # a TypeError if it is not an object
-    except FileNotFoundError:
+            found = json.load(f)
+            if not isinstance(found, dict):
+                raise TypeError('it is not an object')
+            return found
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f'{path} is damaged ({error}): make or get it again') from None

@@ -58,11 +58,11 @@ class Writer:
 def read_start(start):
     if start != '-' and not start.startswith('FILE:'):
         return start
-    with open(0 if start == '-' else start[5:], encoding='utf-8') as f:
-        try:
+    try:
+        with open(0 if start == '-' else start[5:], encoding='utf-8') as f:
             return f.read()
-        except UnicodeDecodeError as error:
-            raise UserError(f'start={start}: this is not UTF-8 text ({error})') from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f'start={start} is not a text in UTF-8 ({error})') from None
 
 
 def write(model, tok, prompt, num_samples, max_new_tokens, temperature, top_k, top_p, stop, compile):

@@ -18,6 +18,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import sys
 import time
 
@@ -238,16 +239,20 @@ def meeting_point(rank, timeout):
     if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True':
         return None
     address, port = os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT'])
-    torchrun, store, begin = dist.TCPStore(address, port, is_master=False, timeout=timeout), None, time.time()
+    torchrun = dist.TCPStore(address, port, is_master=False, timeout=timeout)
+    store, given_up = None, time.time() + timeout.total_seconds()
     if rank == 0:
         store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False)
         torchrun.set('port', str(store.port))
-    while not store:
+    while store is None:
         try:
-            store = dist.TCPStore(address, int(torchrun.get('port')), timeout=datetime.timedelta(seconds=5))
-        except dist.DistError:  # the port of one that is dead: the new one is yet to come
-            if time.time() - begin > timeout.total_seconds():
-                raise
+            port = int(torchrun.get('port'))
+            socket.create_connection((address, port), 5).close()  # which is refused with less ado
+            store = dist.TCPStore(address, port, is_master=False, timeout=datetime.timedelta(seconds=5))
+        except (OSError, dist.DistError) as error:  # the port of one that is dead: the new one is yet to come
+            if time.time() > given_up:
+                raise UserError(f'process {rank} waited for the first one, timeout={timeout}: {error}') from None
+            time.sleep(0.1)
     store.set_timeout(timeout)
     return store
 
@@ -294,7 +299,7 @@ def cut_log(path, iter_num):
     """Drop what the log says of steps from iter_num on, which will be taken again, and half lines that kills left."""
     if os.path.exists(path):
         with open(path, encoding='utf-8', errors='replace') as f:
-            entries = [re.fullmatch(r'{"iter": (\d+), .*}\n', line) for line in f]
+            entries = [re.fullmatch(r'{"iter": (\d+), [^{]*}\n', line) for line in f]
         with open(path + '.tmp', 'w', encoding='utf-8') as f:
             f.writelines(entry[0] for entry in entries if entry and int(entry[1]) < iter_num)
         os.replace(path + '.tmp', path)
@@ -403,8 +408,9 @@ if __name__ == '__main__':
     newest, torchrun_id = os.path.join(out_dir, 'ckpt.pt'), os.environ.get('TORCHELASTIC_RUN_ID', '')
     if torchrun_id == 'none':  # its own name for a run on one machine, whose agent started this process
         torchrun_id = f'none-{os.getppid()}'
-    if ddp:  # has torchrun started us again? Its own count of that differs from machine to machine
-        if rank == 0 and torchrun_id and os.path.exists(newest):
+    if ddp:  # has torchrun started us again? One process decides: on several machines each has a count of its own
+        count, machines = (int(os.environ.get(k, 0)) for k in ('TORCHELASTIC_RESTART_COUNT', 'GROUP_WORLD_SIZE'))
+        if rank == 0 and torchrun_id and (count > 0 or machines > 1) and os.path.exists(newest):
             with contextlib.suppress(UserError):  # something else, that cannot be read, is not our checkpoint
                 if load_checkpoint(newest).get('torchrun_id') == torchrun_id:
                     init_from = 'resume'
