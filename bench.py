@@ -417,8 +417,9 @@ def characters(runs, width=72, height=18):
         for number, row in enumerate(rows):
             print(f'{high - (high - low) * number / (height - 1):7.3f} |' + ''.join(row).rstrip())
         print(f'{"":8}+{"-" * width}\n{"":9}0{f"{most:,.0f} {label}":>{width - 1}}\n')
-    print('val loss: ' + ', '.join(f'{mark} {run}' for run, mark in names.items()) + '; train loss: dots' * (len(runs) == 1)
-          + '. --plot=curves.png makes a picture of it (pip install matplotlib)')
+    dots = '; train loss: dots' if len(runs) == 1 else ''
+    print('val loss: ' + ', '.join(f'{mark} {run}' for run, mark in names.items())
+          + f'{dots}. --plot=curves.png makes a picture of it (pip install matplotlib)')
 
 
 def alternate(task, vs, repeats):
