@@ -447,13 +447,14 @@ def read_file(f, path):
         while block := f.read(2 * CHUNK):
             yield np.frombuffer(block, '<u2'), False
     elif kind == 'jsonl':
-        for number, line in enumerate(io.TextIOWrapper(f, 'utf-8-sig'), 1):
-            try:
-                text = json.loads(line)['text'] if line.strip() else ''
-                text = text.encode('utf-8', 'replace').decode()  # JSON can hold half characters
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                raise UserError(f'{path}, line {number}: not a JSON object with a "text" field') from None
-            yield text, True
+        with io.TextIOWrapper(f, 'utf-8-sig') as lines:
+            for number, line in enumerate(lines, 1):
+                try:
+                    text = json.loads(line)['text'] if line.strip() else ''
+                    text = text.encode('utf-8', 'replace').decode()  # JSON can hold half characters
+                except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                    raise UserError(f'{path}, line {number}: not a JSON object with a "text" field') from None
+                yield text, True
     else:
         rest = ''
         with io.TextIOWrapper(f, 'utf-8-sig') as lines:
