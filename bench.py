@@ -9,7 +9,7 @@ $ python bench.py --task=hellaswag --init_from=gpt2               # how often it
 $ python bench.py --task=loss --init_from=gpt2 --source=book.txt --stride=512   # perplexity and bits per byte
 $ python bench.py --task=curves --runs=out-a,out-b --plot=curves.png            # their losses by step, tokens and time
 
-The last line is the result as JSON. Under torchrun, train measures DDP; hellaswag and loss are shared among the GPUs.
+The last line is the result as JSON. Under torchrun, train measures DDP, hellaswag and loss are shared among the GPUs.
 """
 import contextlib
 import io
@@ -35,7 +35,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from configurator import UserError, check, configure, keep_memory, optional, resolve
 from model import GPT, GPTConfig, load_checkpoint
 from prepare import DATA, SHAKESPEARE, Progress, get_tokenizer, load_dataset, locate, prepare, read
-from train import autocast_for, backward, compile_problem, compiled, peak_flops, update
+from train import autocast_for, backward, compile_problem, compiled, leave, peak_flops, update
 
 task = 'train'     # train: a training step; generate; prepare: tokenizing; hellaswag, loss: how good a model is; curves
 vs = ''            # measure a checkout of nanoGPT in this folder too, or for generate 'transformers', and the ratio
@@ -511,5 +511,4 @@ if __name__ == '__main__':
         result = text_loss(model, checkpoint, files, stride, batch_size, device, rank, world)
     print(json.dumps(dict(task=task, model=init_from, device=machine, dtype=dtype, **result)))
     if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+        leave(0)

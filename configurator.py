@@ -3,7 +3,7 @@ Settings are a script's own globals, one line each: name = default  # why. They 
 
 $ python train.py config/train_shakespeare.py --batch_size=32
 
-a path: an override file, ordinary Python that sees the current values, may compute and may import;
+a path: an override file, ordinary Python that sees the current values, may compute and may import,
 --name=value: one setting, converted to the type of its default. --help lists them all.
 
 Whatever a user can mend is raised as UserError and ends the script with one line on stderr and exit code 2.
@@ -145,7 +145,7 @@ def resolve(device, dtype, compile=False, width=0):
     """Settle what depends on the machine: returns (device, dtype, compile), each as asked for or, where 'auto', chosen.
 
     device: cuda, then mps, then cpu. dtype: bfloat16 where a GPU has it natively, or where a CPU has and the model is
-    so wide that it is faster; float16 on older CUDA cards, float32 elsewhere. compile: on CUDA."""
+    so wide that it is faster, float16 on older CUDA cards, float32 elsewhere. compile: on CUDA."""
     import torch
     present = {'cuda': torch.cuda.device_count() if torch.cuda.is_available() else 0,
                'mps': int(torch.backends.mps.is_available()), 'cpu': 1}

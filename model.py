@@ -132,7 +132,7 @@ def call(module, *inputs):
 
 class GPT(nn.Module):
     """Token ids in, for every position a score (logit) for each possible next token out. An id picks a row of the
-    embedding; the position adds another (or rotates queries and keys); blocks work on this stream; and the head
+    embedding, the position adds another (or rotates queries and keys), blocks work on this stream, and the head
     compares what has become of it with every row of the same embedding."""
     recompute = False  # True: the backward pass computes blocks again instead of keeping all of their insides
 

@@ -62,7 +62,7 @@ def read_start(start):
         with open(0 if start == '-' else start[5:], encoding='utf-8') as f:
             return f.read()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f'start={start} is not a text in UTF-8 ({error})') from None
+        raise UserError(f'start={start} cannot be read as a text in UTF-8 ({error})') from None
 
 
 def write(model, tok, prompt, num_samples, max_new_tokens, temperature, top_k, top_p, stop, compile):

@@ -48,7 +48,9 @@ DEVICES = ['cpu'] + ['cuda'] * torch.cuda.is_available() + ['mps'] * torch.backe
 FLAGS = [{}, dict(bias=False), dict(rope=True), dict(qk_norm=True), dict(relu2=True),
          dict(bias=False, rope=True, qk_norm=True, relu2=True)]
 ODD_TEXTS = ['', ' ', '\n\n\n', 'plain', "it's   we'll\t\r\n  x", '0123456789 3.14', 'a' * 300, ' ' * 300 + 'x',
-             '<|endoftext|>', 'x\x00y\ufeffz', 'e\u0301\u0301', 'नेपाली भाषा राम्रो छ', '中文，没有空格。',
+             '<|endoftext|>', 'x\x00y\ufeffz', 'e\u0301\u0301',
+             'नेपाली भाषा राम्रो छ',
+             '中文，没有空格。',
              'naïve café — “quotes”', '🙂👩‍👩‍👧‍👦 emoji']
 TINY = ('--device=cpu --n_layer=2 --n_head=2 --n_embd=32 --block_size=16 --batch_size=4 --dropout=0.1 '
         '--gradient_accumulation_steps=2 --max_iters=6 --lr_decay_iters=6 --warmup_iters=2 --learning_rate=1e-2 '
@@ -157,10 +159,8 @@ def gpt2_files(monkeypatch, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# ---------------------------------------------------------------------------------------------------------------------
 # A GPT in exercises. Each test shows one idea as its definition, in the order in which a text meets them: read it, then
 # look in model.py for the fast version. First, where tokens stand.
-
 
 def test_without_positions_the_past_has_no_order():
     """To one layer of attention the earlier tokens are a set. (To two they are not: what the second layer sees of an
@@ -366,7 +366,6 @@ def test_cropping_keeps_the_first_positions():
 # ---------------------------------------------------------------------------------------------------------------------
 # Generation.
 
-
 def slow_generate(model, idx, n, vocab_size=None, **kwargs):
     """The definition: the whole window through the model for every token; a full window is cut to its recent half."""
     size, tokens = model.config.block_size, []
@@ -456,7 +455,6 @@ def test_streamed_text_is_whole_characters_up_to_stop():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokenizers and data.
-
 
 @pytest.fixture(scope='session')
 def bpe_spec():
@@ -630,7 +628,7 @@ def test_downloads_are_whole_or_refused(server, tmp_path):
 
 def test_big_datasets_come_in_shards(server, tmp_path, monkeypatch, gpt2_files):
     """Shards are checked, and become one train.bin in their order, the validation shard val.bin; what is there already
-    is not fetched again; too small a disk is noticed before; a bad shard is refused by name."""
+    is not fetched again, too small a disk is noticed before, a bad shard is refused by name."""
     ids = [np.random.default_rng(i).integers(50257, size=1000 + i) for i in range(4)]
     for i, some in enumerate(ids):
         header = np.array([20240520, 1, len(some)] + [0] * 253, '<i4')
@@ -656,7 +654,6 @@ def test_big_datasets_come_in_shards(server, tmp_path, monkeypatch, gpt2_files):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Weights in and out.
-
 
 def hugging_face(folder, dtype='float32', shard_size='5GB', **changes):
     """A random GPT-2 of transformers, saved by it: the model as it loads it again, in float32."""
@@ -867,6 +864,14 @@ def test_mutated_datasets_are_refused_or_whole(data, bpe_spec, tmp_path):
     assert refused > 1000
 
 
+def test_weights_are_what_the_model_needs():
+    """Half precision becomes float32; a model_args that the weights do not bear out is refused before it is built."""
+    halved = checkpoint_of(tiny().bfloat16(), dict(type='gpt2'))
+    assert {p.dtype for p in GPT.from_checkpoint(halved).parameters()} == {torch.float32}
+    for wrong in (dict(n_layer=3), dict(n_layer=10 ** 12), dict(n_embd=64), dict(vocab_size=10 ** 9), dict(n_head='x')):
+        refuses('do not fit its model_args', GPT.from_checkpoint, halved, **wrong)
+
+
 def test_files_with_code_or_bombs_in_them_are_refused(tmp_path):
     """What a pickle asks for is not done: no call, no gigabytes, no endless nesting."""
     class Evil:
@@ -941,7 +946,6 @@ def test_nanogpt_settings_are_known():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Batches, schedules and settings.
-
 
 @pytest.mark.parametrize('n, size', [(1000, 16), (17, 16), (33, 16), (64, 16)])
 def test_an_epoch_reads_every_window_once(n, size):
@@ -1047,7 +1051,6 @@ def test_the_machine_decides_last():
 # ---------------------------------------------------------------------------------------------------------------------
 # Runs, and what can happen to them.
 
-
 def test_a_run_logs_and_saves(run, data, capsys):
     """Exactly max_iters steps; evaluations at the interval and at the end; plain checkpoints with GPT-2's names."""
     log, newest, best = losses(run), saved(run), saved(run, 'best.pt')
@@ -1126,7 +1129,7 @@ def same_losses(one, two, rel):
 
 def test_a_run_moves_between_one_process_and_many(start, data, tmp_path):
     """Two processes that share the model out (FSDP), stopped by SIGTERM; then four with a whole model each (DDP), also
-    stopped; then FSDP again, computing activations twice: the losses, norms and evaluations of one process."""
+    stopped. Then FSDP again, computing activations twice: the losses, norms and evaluations of one process."""
     args = [*TINY, f'--dataset={data}', '--dropout=0.0', '--gradient_accumulation_steps=4', '--max_iters=40',
             '--lr_decay_iters=40', '--optimizer=muon', '--eval_interval=10']
     main('train.py', *args, f'--out_dir={tmp_path / "one"}')
@@ -1309,7 +1312,6 @@ def test_a_terminal_shows_one_line_that_changes(data, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # Looking at a model: what it writes, what it is made of, how good and how fast it is.
 
-
 @pytest.mark.parametrize('device', DEVICES)
 def test_sampling(run, tmp_path, device):
     """From a run: which checkpoint, the prompt, the text alone on stdout, up to stop; the same seed, the same text."""
@@ -1467,7 +1469,6 @@ class GPT(Ours):
 # ---------------------------------------------------------------------------------------------------------------------
 # Bad input: one clear line, and nothing is lost. And what the README says.
 
-
 @pytest.fixture(scope='session')
 def bad(tmp_path_factory, run, data):
     """A folder of things that are wrong."""
@@ -1541,7 +1542,7 @@ for command, args in json.load(sys.stdin):
 
 def test_every_command_of_the_readme_runs(tmp_path):
     """All that need no download, no rival and no second process, in the order of the README, cut short, in a clone of
-    it that has nothing prepared, and a blank in its path; with any warning an error."""
+    it that has nothing prepared, and a blank in its path, with any warning an error."""
     blocks = re.findall(r'```sh\n(.*?)```', (HERE / 'README.md').read_text(encoding='utf-8'), re.DOTALL)
     lines = [line.strip() for block in blocks for line in re.split(r'\n|&&', block.replace('\\\n', ' '))]
     needs = r'pip |torchrun|git |gpt2|nanoGPT|--vs|fineweb|openwebtext|eval_gpt2|--task=prepare$'

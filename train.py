@@ -139,7 +139,7 @@ def get_lr(step, peak, warmup, hold, decay_end, min_lr, schedule):
 
 def backward(model, optimizers, scaler, batches, grad_clip, autocast):
     """The gradient of a step, a list of micro-batches. Returns their mean loss and the gradient's norm, which is the
-    same in all processes; both still on the device."""
+    same in all processes, both still on the device."""
     total = 0
     for i, (x, y) in enumerate(batches):
         last = i == len(batches) - 1  # gradients are exchanged once, after the last micro-batch
@@ -247,14 +247,25 @@ def meeting_point(rank, timeout):
     while store is None:
         try:
             port = int(torchrun.get('port'))
-            socket.create_connection((address, port), 5).close()  # which is refused with less ado
+            socket.create_connection((address, port), 5).close()  # refused in silence, where TCPStore prints a stack
             store = dist.TCPStore(address, port, is_master=False, timeout=datetime.timedelta(seconds=5))
         except (OSError, dist.DistError) as error:  # the port of one that is dead: the new one is yet to come
             if time.time() > given_up:
-                raise UserError(f'process {rank} waited for the first one, timeout={timeout}: {error}') from None
+                minutes = timeout.total_seconds() / 60
+                raise UserError(f'process {rank} waited for the first one, at most timeout={minutes:g} minutes, in '
+                                f'vain: {error}') from None
             time.sleep(0.1)
     store.set_timeout(timeout)
     return store
+
+
+def leave(code):
+    """End a process among several, when all have come here, at once: Python's own end now and then meets a thread of
+    gloo that still lets go of tensors, and aborts."""
+    dist.barrier()  # nobody leaves while rank 0 still writes
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def save(checkpoint, path):
@@ -651,13 +662,9 @@ if __name__ == '__main__':
             tensorboard.close()
         if wandb_log:
             wandb.finish()
-    if ddp:
-        dist.barrier()  # nobody leaves while rank 0 still writes
-        dist.destroy_process_group()
     if unsaved:
-        raise UserError(f'the end of this run is lost: {unsaved}')
-    code = 128 + stop if stop else 0
-    if ddp:  # at once: now and then Python's own end meets a thread of gloo that still lets go of tensors, and aborts
-        sys.stdout.flush()
-        os._exit(code)
+        print(f'error: the end of this run is lost: {unsaved}', file=sys.stderr, flush=True)
+    code = 2 if unsaved else 128 + stop if stop else 0
+    if ddp:
+        leave(code)
     sys.exit(code)
