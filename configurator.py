@@ -1,12 +1,14 @@
 """
-Settings are a script's own globals, one line each: name = default  # why. They are overridden, in order, by
+Settings are a script's own globals, one line each: name = default  # what it sets.
+The command line overrides them, from left to right:
 
 $ python train.py config/train_shakespeare.py --batch_size=32
 
-a path: an override file, ordinary Python that sees the current values, may compute and may import,
---name=value: one setting, converted to the type of its default. --help lists them all.
+A path names an override file: ordinary Python that sees the current values.
+--name=value sets one setting; the type follows the default. --help lists all.
 
-Whatever a user can mend is raised as UserError and ends the script with one line on stderr and exit code 2.
+A UserError is a mistake that the user can fix. It ends the script with one line
+on stderr and exit code 2.
 """
 import ctypes
 import difflib
@@ -16,161 +18,199 @@ import os
 import platform
 import re
 import sys
+import textwrap
 import traceback
+from functools import partial
 
-TRUTH = {'True': True, 'true': True, '1': True, 'False': False, 'false': False, '0': False}
+BOOLEANS = {'True': True, 'true': True, '1': True, 'False': False, 'false': False, '0': False}
+TYPE_NAMES = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'text in quotes'}
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: the message names the setting or file, both values, and the remedy."""
+    """A mistake that the user can fix. The message says what is wrong, with the value, and what to do."""
 
     def __str__(self):
         return ' '.join(super().__str__().split())  # one line, whatever it quotes
 
 
-def _one_line(kind, error, trace):
-    if issubclass(kind, KeyboardInterrupt):
-        sys.exit(130)
-    lost = kind.__name__.startswith('Dist') or kind is RuntimeError and re.search('gloo|NCCL', str(error))
-    if 'RANK' in os.environ and lost:
-        kind, error = UserError, (f"process {os.environ['RANK']} has lost another one, which may have said why "
-                                  f'({str(error).splitlines()[0]})')
-    if not issubclass(kind, (UserError, OSError)):  # an OSError names its file: permission, disk full, ...
-        return sys.__excepthook__(kind, error, trace)
-    print(f'error: {error}', file=sys.__stderr__)  # the real one: torch.distributed puts its own in place for a while
-    sys.exit(2)
-
-
 def configure(namespace, argv=None):
-    """Apply the command line (or argv) to the settings in namespace, a script's globals(); return them as a dict.
+    """Apply the command line (or argv) to the settings in a script's globals(), and return them as a dict.
 
-    Settings are the lower-case names that hold a bool, int, float or str at the time of the call."""
-    sys.excepthook = _one_line  # from here on a UserError ends the script in one line
-    settings = {k: v for k, v in namespace.items()
-                if re.fullmatch('[a-z][a-z0-9_]*', k) and isinstance(v, (bool, int, float, str))}
+    Settings are the lower-case names that hold a bool, int, float or str when this is called."""
+    settings = {name: value for name, value in namespace.items()
+                if re.fullmatch('[a-z][a-z0-9_]*', name) and isinstance(value, (bool, int, float, str))}
     defaults = dict(settings)
+    sys.excepthook = partial(_report_error, settings)
+
+    def override(name, value, source):
+        if name not in settings:
+            nearest = difflib.get_close_matches(name.replace('-', '_'), settings, 1, 0.5)
+            hint = f'did you mean {nearest[0]}?' if nearest else '--help lists them all'
+            raise UserError(f'{source}: unknown setting {name!r}: {hint}')
+        settings[name] = _convert(name, value, defaults[name], source)
 
     for arg in sys.argv[1:] if argv is None else argv:
-        option, equals, text = arg.removeprefix('--').partition('=')
+        name, equals, value = arg.removeprefix('--').partition('=')
         if arg in ('--help', '-h'):
             _print_help(namespace, defaults)
             sys.exit(0)
-        is_setting = arg.startswith('--') or equals and not os.path.exists(arg)
-        for name, value in ({option: text} if is_setting else _run_file(arg, settings)).items():
-            if name not in settings:
-                near = difflib.get_close_matches(name.replace('-', '_'), settings, 1, 0.5)
-                hint = f'did you mean {near[0]}?' if near else "--help lists them; a file's own names begin with _"
-                raise UserError(f'{arg}: unknown setting {name!r}: {hint}')
-            if is_setting and not (equals and arg.startswith('--')):
-                example = not defaults[name] if isinstance(defaults[name], bool) else settings[name]
-                raise UserError(f'{arg}: write --{name}={value or example}, with no space')
-            settings[name] = _typed(name, value, defaults[name], arg)
+        if not arg.startswith('--') and (not equals or os.path.exists(arg)):
+            for name, value in _run_file(arg, settings).items():
+                override(name, value, arg)
+        elif name in settings and not (equals and arg.startswith('--')):
+            raise UserError(f'{arg}: write --{name}={value or "VALUE"}, without spaces')
+        else:
+            override(name, value, arg)
     namespace.update(settings)
     return settings
 
 
-def _typed(name, value, default, where):
-    """value, the text of an argument or an object from a file, as the type of default."""
-    kind, found = type(default), value
+def _convert(name, value, default, source):
+    """Convert a value, which is text on the command line and any object in a file, to the type of the default."""
+    kind = type(default)
     try:
-        if kind is bool or default == 'auto' and str(value) in TRUTH:  # a bool settles 'auto' too
-            return TRUTH[str(value)]
+        if kind is bool or default == 'auto' and str(value) in BOOLEANS:
+            return BOOLEANS[str(value)]
         if isinstance(value, bool) or kind is str and not isinstance(value, str):
             raise TypeError
-        if kind is int:
-            value = int(value) if re.fullmatch(r'\s*[-+]?\d+\s*', str(value)) else float(value)
-            if value != int(value):  # 1e3 is a whole number, 1.5 is not
+        if kind is int and not re.fullmatch(r'\s*[-+]?\d+\s*', str(value)):
+            value = float(value)  # 1e3 is a whole number, 1.5 is not
+            if value != int(value):
                 raise ValueError
         return kind(value)
     except (KeyError, TypeError, ValueError, OverflowError):
-        wanted = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'text in quotes'}[kind]
-        raise UserError(f'{where}: {name} takes {wanted}, such as {default!r}, not {found!r}') from None
+        raise UserError(f'{source}: {name} takes {TYPE_NAMES[kind]}, such as {default!r}, not {value!r}') from None
 
 
 def _run_file(path, settings):
-    """Run an override file and return what it defined; modules, functions and _names are its own business."""
+    """Run an override file and return the settings that it defines. Its modules, functions and _names are private."""
     if not os.path.isfile(path):
-        beside = glob.glob(os.path.join(glob.escape(os.path.dirname(path)), '*.py'))
-        near = difflib.get_close_matches(path, beside, 1, 0.8)
-        hint = f'did you mean {near[0]}?' if near else 'a setting is written --name=value'
+        siblings = glob.glob(os.path.join(glob.escape(os.path.dirname(path)), '*.py'))
+        nearest = difflib.get_close_matches(path, siblings, 1, 0.8)
+        hint = f'did you mean {nearest[0]}?' if nearest else 'a setting is written --name=value'
         raise UserError(f'there is no override file {path!r}: {hint}')
     scope = dict(settings, __file__=path, __name__='config')
     try:
         with open(path, encoding='utf-8-sig') as f:
             exec(compile(f.read(), path, 'exec'), scope)
     except (Exception, SystemExit) as error:
-        lines = [1, *(frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path)]
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [1] + [frame.lineno for frame in frames if frame.filename == path]
         line = getattr(error, 'lineno', None) or lines[-1]
         raise UserError(f'{path}, line {line}: {type(error).__name__}: {error}') from error
-    return {k: v for k, v in scope.items()
-            if k in settings or not (k.startswith('_') or callable(v) or isinstance(v, type(sys)))}
+
+    def is_private(name, value):
+        return name.startswith('_') or callable(value) or isinstance(value, type(sys))
+    return {name: value for name, value in scope.items() if name in settings or not is_private(name, value)}
 
 
 def _print_help(namespace, defaults):
-    """The script's docstring, then its settings as they stand in its source: name, default, comment."""
-    with open(namespace['__file__'], encoding='utf-8') as f:
-        source = f.read()
+    """Print the docstring, then the settings as they stand in the source: headings, defaults and comments."""
     print((namespace.get('__doc__') or '').strip() + '\n\nsettings:')
-    for name, default in defaults.items():
-        comment = re.search(rf'^ *{name}(?:: \w+)? = .*?\s# ?(.*)$', source, re.MULTILINE)
-        print(f'  --{name}={default!r}'.ljust(42), comment[1] if comment else '')
+    with open(namespace['__file__'], encoding='utf-8') as f:
+        lines = f.read().splitlines()
+    remaining = dict(defaults)
+    for previous, line in zip(['', *lines], lines, strict=False):
+        setting = re.match(r' *(\w+)(?:: \w+)? = [^#]*(?:# *(.*))?', line)
+        if not setting or setting[1] not in remaining:
+            continue
+        if previous.startswith('# '):
+            print(f'\n{previous}')
+        name = f'  --{setting[1]}={remaining.pop(setting[1])!r}'
+        comment = textwrap.wrap(setting[2] or '', 47)
+        print(f'{name:<32} ' + ('\n' + ' ' * 33).join(comment))
 
 
 def check(settings, *rules):
-    """Each rule, such as 'batch_size > 0', has to hold."""
+    """Refuse settings that break a rule, such as 'batch_size > 0'."""
     for rule in rules:
         if not eval(rule, {}, settings):
             name = rule.split()[0]
-            raise UserError(f'{name}={settings[name]!r}: it has to be{rule.removeprefix(name)}')
+            raise UserError(f'{name}={settings[name]!r} must be{rule.removeprefix(name)}')
 
 
-def optional(module, wanted_for):
+def optional(module, needed_for):
     """Import a package that is not among the requirements."""
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise UserError(f"{wanted_for} needs one more package: pip install {module.split('.')[0]}") from None
+        raise UserError(f"{needed_for} needs one more package: pip install {module.split('.')[0]}") from None
+
+
+def _report_error(settings, kind, error, trace):
+    """The scripts' sys.excepthook: one line where the user can act on it, a traceback otherwise."""
+    text = ' '.join(str(error).split())
+    out_of_memory = re.search('out of memory|allocate memory', text) and issubclass(kind, RuntimeError)
+    if issubclass(kind, KeyboardInterrupt):
+        sys.exit(130)
+    if issubclass(kind, MemoryError) or out_of_memory:
+        text = f'out of memory ({text[:100]}): use {_memory_advice(settings)}'
+    elif kind.__module__.startswith(('torch._dynamo', 'torch._inductor')):
+        text = f'torch.compile failed ({kind.__name__}: {text[:200]}): fix it, or pass --compile=False'
+    elif 'RANK' in os.environ and (kind.__name__.startswith('Dist') or re.search('gloo|NCCL', text)):
+        text = f"rank {os.environ['RANK']} lost contact with another rank, which may have said why ({text[:200]})"
+    elif not issubclass(kind, (UserError, OSError)):  # an OSError names its file: permission, disk full, ...
+        return sys.__excepthook__(kind, error, trace)
+    print(f'error: {text}', file=sys.__stderr__)  # torch.distributed replaces sys.stderr for a while
+    sys.exit(2)
+
+
+def _memory_advice(settings):
+    """A smaller micro-batch, with the same global batch where gradients are accumulated."""
+    batch_size = settings.get('batch_size', 1)
+    divisors = [n for n in range(1, batch_size) if batch_size % n == 0]
+    if not divisors:
+        return 'a smaller block_size or model, or --activation_checkpointing=True to train'
+    advice = f'--batch_size={divisors[-1]}'
+    if 'gradient_accumulation_steps' in settings:
+        steps = settings['gradient_accumulation_steps'] * batch_size // divisors[-1]
+        advice += f' --gradient_accumulation_steps={steps}, which is the same global batch'
+        advice += ', or --activation_checkpointing=True'
+    return advice + ', or a smaller block_size or model'
 
 
 def keep_memory():
-    """Have the C library keep what tensors on the CPU have freed, for the next ones. By default it hands large blocks
-    back to the system, which clears them page by page when they are asked for again: a third of a step of GPT-2."""
+    """Make the C library keep freed memory for the next tensors. By default it returns large blocks to the system,
+    which clears every page when it hands them out again: a third of a GPT-2 training step on a CPU."""
     if platform.libc_ver()[0] == 'glibc':
-        mallopt, m_trim_threshold, m_mmap_max = ctypes.CDLL(None).mallopt, -1, -4  # as in malloc.h
-        mallopt(m_trim_threshold, -1)
-        mallopt(m_mmap_max, 0)
+        libc = ctypes.CDLL(None)
+        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from malloc.h
+        libc.mallopt(M_TRIM_THRESHOLD, -1)
+        libc.mallopt(M_MMAP_MAX, 0)
 
 
-def resolve(device, dtype, compile=False, width=0):
-    """Settle what depends on the machine: returns (device, dtype, compile), each as asked for or, where 'auto', chosen.
-
-    device: cuda, then mps, then cpu. dtype: bfloat16 where a GPU has it natively, or where a CPU has and the model is
-    so wide that it is faster, float16 on older CUDA cards, float32 elsewhere. compile: on CUDA."""
+def resolve_device(device):
+    """The device to use, for 'auto' the best one: cuda, then mps, then cpu. Also sets up its matmuls and threads."""
     import torch
-    present = {'cuda': torch.cuda.device_count() if torch.cuda.is_available() else 0,
-               'mps': int(torch.backends.mps.is_available()), 'cpu': 1}
+    counts = dict(cuda=torch.cuda.device_count() if torch.cuda.is_available() else 0,
+                  mps=int(torch.backends.mps.is_available()), cpu=1)
     if device == 'auto':
-        device = next(kind for kind in present if present[kind])
-    if device == 'cuda':  # a card of its own for every process that torchrun starts
+        device = next(kind for kind, count in counts.items() if count)
+    if device == 'cuda':
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     match = re.fullmatch(r'(cuda|mps|cpu)(?::(\d+))?', str(device))
-    if not match or int(match[2] or 0) >= present[match[1]]:
-        there = ', '.join(f'{count} {kind}' for kind, count in present.items())
-        raise UserError(f"device={device!r}, but this machine has {there}: choose one of these or leave it at 'auto'")
-    kind = match[1]
-    if kind == 'cuda':
+    if not match or int(match[2] or 0) >= counts[match[1]]:
+        available = ', '.join(f'{count} {kind}' for kind, count in counts.items())
+        raise UserError(f"device={device!r}, but this machine has {available}: choose one, or leave it at 'auto'")
+    if match[1] == 'cuda':
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision('high')  # TF32 for what stays float32
+        torch.set_float32_matmul_precision('high')  # TF32 for what stays in float32
     processes = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-    if kind == 'cpu' and processes > 1:  # to each of which torchrun gives one thread
+    if match[1] == 'cpu' and processes > 1:  # torchrun sets one thread for each process
         torch.set_num_threads(max(1, os.cpu_count() // processes))
-    if dtype == 'auto' and kind == 'cuda':  # a T4 claims bfloat16 but only emulates it, hence the argument
+    return device
+
+
+def resolve_dtype(dtype, device, width=0):
+    """The dtype to compute in, for 'auto' the fastest to train a model of this width (n_embd)."""
+    import torch
+    if dtype == 'auto' and device.startswith('cuda'):  # a T4 emulates bfloat16, and says so only if asked
         dtype = 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
-    if dtype == 'auto':
-        fast = kind == 'cpu' and width >= 256 and torch.cpu._is_avx512_bf16_supported()
-        dtype = 'bfloat16' if fast else 'float32'
-    check(dict(dtype=dtype, compile=compile), "dtype in ('float32', 'bfloat16', 'float16')",
-          "compile in (True, False, 'auto')")
-    if dtype == 'float16' and kind != 'cuda':
-        raise UserError(f"dtype='float16' trains only on CUDA, not on {kind}: use 'bfloat16' or 'float32'")
-    return device, dtype, kind == 'cuda' if compile == 'auto' else compile
+    elif dtype == 'auto' and device == 'cpu' and width >= 256 and torch.cpu._is_avx512_bf16_supported():
+        dtype = 'bfloat16'  # slower than float32 for narrower models
+    elif dtype == 'auto':
+        dtype = 'float32'
+    check(dict(dtype=dtype), "dtype in ('float32', 'bfloat16', 'float16')")
+    if dtype == 'float16' and not device.startswith('cuda'):
+        raise UserError(f"dtype='float16' needs CUDA, but the device is {device}: use 'bfloat16' or 'float32'")
+    return dtype

@@ -1,22 +1,27 @@
 """
-A GPT in plain PyTorch: GPT-2 exactly by default, its modern descendants by flags. Read it from top to bottom:
-attention, where tokens exchange information, the MLP, where each thinks for itself, the block that holds both, and
-the model that stacks blocks between an embedding and a head. Run it to see a model laid out, module by module:
+A GPT in plain PyTorch: GPT-2 by default, its modern descendants by flags.
 
-$ python model.py                                       # GPT-2 124M
+The network comes first: attention, where tokens exchange information; the MLP,
+where each token is processed alone; the block, which holds both; and the model,
+which stacks blocks between an embedding and a head. Then generation, then
+checkpoints in and out. Run it to see a model laid out, module by module:
+
+$ python model.py                                  # GPT-2 124M
 $ python model.py --n_layer=24 --n_head=16 --n_embd=1024 --batch_size=4
-$ python model.py --init_from=gpt2-xl --batch_size=1             # what it takes to train
-$ python model.py --init_from=out-shakespeare --trace="To be" --layer=1 --head=2   # a text on its way through a model
-$ python model.py --init_from=out-mine --export_dir=out-mine-hf  # write it for Hugging Face's transformers
+$ python model.py --init_from=gpt2-xl --batch_size=1        # memory to train it
+$ python model.py --init_from=out-shakespeare --trace="To be" --layer=1 --head=2
+$ python model.py --init_from=out-mine --export_dir=out-mine-hf
 """
+import contextlib
 import json
 import math
 import os
 import re
+import shutil
 import sys
+import textwrap
 import zipfile
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -26,78 +31,102 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
 from configurator import UserError, check, configure, optional
-from prepare import DATA, HUB, BPETokenizer, download, get_tokenizer, nanogpt_tokenizer, read_json
+from prepare import (
+    DATA,
+    HUB,
+    BPETokenizer,
+    download,
+    get_tokenizer,
+    nanogpt_tokenizer,
+    read_json,
+)
+
+# -----------------------------------------------------------------------------
+# the network: it needs only torch
 
 
 @dataclass
 class GPTConfig:
-    block_size: int = 1024    # the longest window of tokens that the model can look at
-    vocab_size: int = 50257   # how many different tokens there are
+    block_size: int = 1024  # longest sequence of tokens that the model can see
+    vocab_size: int = 50257
     n_layer: int = 12
     n_head: int = 12
-    n_embd: int = 768         # width: how many numbers describe a token inside the model
+    n_embd: int = 768       # width: size of the vector that describes each token
     dropout: float = 0.0
-    bias: bool = True         # biases in linear layers and LayerNorms, as in GPT-2; without is as good and faster
-    rope: bool = False        # rotary positions in attention instead of learned position embeddings
-    qk_norm: bool = False     # normalise queries and keys: attention stays calm at high learning rates
-    relu2: bool = False       # squared ReLU in the MLP instead of GELU: cheaper, as good
+    bias: bool = True       # biases in linear layers and LayerNorms, as in GPT-2
+    rope: bool = False      # rotary positions instead of learned position embeddings
+    qk_norm: bool = False   # normalize queries and keys: stable at high learning rates
+    relu2: bool = False     # squared ReLU in the MLP instead of GELU
 
     def __post_init__(self):
-        check(vars(self), 'block_size > 0', 'vocab_size > 0', 'n_layer > 0', 'n_head > 0', 'n_embd > 0', 'dropout >= 0',
-              'dropout < 1')
-        step = self.n_head * (2 if self.rope else 1)
-        if self.n_embd % step:
-            needed = f'2 x n_head={self.n_head}, as rope turns pairs' if self.rope else f'n_head={self.n_head}'
-            raise UserError(f'n_embd={self.n_embd} is not divisible by {needed}: each head takes an equal share, so '
-                            f'use n_embd={math.ceil(self.n_embd / step) * step}')
+        for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
+            if getattr(self, name) < 1:
+                raise ValueError(f'{name}={getattr(self, name)} must be at least 1')
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f'dropout={self.dropout} must be at least 0 and below 1')
+        if self.n_embd % self.n_head:
+            raise ValueError(f'n_embd={self.n_embd} is not divisible by n_head={self.n_head}')
+        if self.rope and self.n_embd // self.n_head % 2:
+            raise ValueError(f'rope needs an even head size, not {self.n_embd // self.n_head}: '
+                             'change n_embd or n_head')
 
 
 def rotate(x, rotation):
-    """Rotary positions: turn each pair (x[i], x[i + half]) of a query or key by an angle proportional to its position,
-    so that the dot product of a query and a key depends on how far apart their tokens stand, and not on where."""
+    """Rotary positions: turn each pair (x[i], x[i + half]) of a query or key by an angle
+    proportional to its position. Then q k depends on the distance of two tokens alone."""
     cos, sin = rotation
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)
 
 
 class CausalSelfAttention(nn.Module):
-    """The one place where tokens look at each other. Each token asks a question (query); it and every token before it
-    offer a label (key) and a content (value). How well query and key match decides how much of the value flows:
-    softmax(q k^T / sqrt(head size)) v, where the softmax makes shares of the matches, which add up to 1. Several heads
-    do this side by side, each in its own share of the channels, as one may look for the verb and another for a name."""
+    """The only place where tokens see each other. Each token sends out a query; it and every
+    token before it offer a key and a value. The better query and key match, the more of the
+    value flows: softmax(q k^T / sqrt(head size)) v. Several heads do this side by side, each
+    with its own share of the channels."""
 
     def __init__(self, config):
         super().__init__()
-        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # queries, keys and values at once
-        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
-        self.n_head, self.dropout, self.qk_norm = config.n_head, config.dropout, config.qk_norm
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.qk_norm = config.qk_norm
+
+    def queries_keys_values(self, x, rotation=None):
+        B, T, C = x.shape
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, n_head, T, head size)
+        if self.qk_norm:
+            q = F.rms_norm(q, q.shape[-1:])
+            k = F.rms_norm(k, k.shape[-1:])
+        if rotation is not None:
+            q = rotate(q, rotation)
+            k = rotate(k, rotation)
+        return q, k, v
 
     def forward(self, x, rotation=None, cache=None, position=None, mask=None):
-        B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # each (B, heads, T, head size)
-        if self.qk_norm:
-            q, k = F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:])
-        if rotation is not None:
-            q, k = rotate(q, rotation), rotate(k, rotation)
-        if cache is not None:  # generating: remember these keys and values, look back at all of them so far
-            cache[0, :, :, position], cache[1, :, :, position] = k, v
+        q, k, v = self.queries_keys_values(x, rotation)
+        if cache is not None:  # generating: store the new keys and values, attend to all so far
+            cache[0, :, :, position] = k
+            cache[1, :, :, position] = v
             k, v = cache
-        y = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0,
-                                           is_causal=mask is None)  # (B, heads, T, head size)
-        y = y.transpose(1, 2).reshape(B, T, C)  # the heads' results side by side again
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)
+        y = y.transpose(1, 2).reshape(x.shape)  # (B, T, C): the heads side by side again
         return self.resid_dropout(self.c_proj(y))
 
 
 class MLP(nn.Module):
-    """Each token by itself: widen four times, bend, narrow again. Most of what a GPT knows sits in these weights.
-    Without the bend two matrices would be one: GELU(x) = x * P(a normal number < x) is ReLU with its corner rounded
-    off, so that a unit that is off still gets a little gradient."""
+    """Each token by itself: widen four times, apply a nonlinearity, narrow again. Most of what
+    a GPT knows sits in these weights. GELU is ReLU with a rounded corner: x * P(a normal
+    number < x), so that a unit that is off still gets a little gradient."""
 
     def __init__(self, config):
         super().__init__()
-        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
         self.relu2 = config.relu2
 
@@ -108,10 +137,9 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then MLP. Both read a normalised copy of the stream and add what they found to it: the stream itself
-    runs straight from embedding to head, and so do gradients on their way back, however many blocks there are.
-    LayerNorm gives each token's vector mean 0 and standard deviation 1, then a weight (and bias) for each channel:
-    whatever has been added so far, the next module sees numbers of the same size."""
+    """Attention, then MLP. Each reads a normalized copy of the residual stream and adds its
+    result to it. The stream itself runs straight from the embedding to the head, and so do
+    gradients on their way back, however many blocks there are."""
 
     def __init__(self, config):
         super().__init__()
@@ -121,20 +149,15 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, *context):
-        x = x + self.attn(self.ln_1(x), *context)  # (B, T, C): each token gathers from the ones before it
-        x = x + self.mlp(self.ln_2(x))             # (B, T, C): each token digests what it gathered
+        x = x + self.attn(self.ln_1(x), *context)
+        x = x + self.mlp(self.ln_2(x))
         return x
 
 
-def call(module, *inputs):
-    return module(*inputs)
-
-
 class GPT(nn.Module):
-    """Token ids in, for every position a score (logit) for each possible next token out. An id picks a row of the
-    embedding, the position adds another (or rotates queries and keys), blocks work on this stream, and the head
-    compares what has become of it with every row of the same embedding."""
-    recompute = False  # True: the backward pass computes blocks again instead of keeping all of their insides
+    """Token ids in; out, at every position, a score (logit) for each possible next token."""
+    recompute_activations = False  # recompute blocks in the backward pass: less memory, slower
+    compiled = False  # by compile_blocks
 
     def __init__(self, config):
         super().__init__()
@@ -146,576 +169,822 @@ class GPT(nn.Module):
             h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
             ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
         ))
-        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
-        self.lm_head.weight = self.transformer.wte.weight  # tied: what reads a token in also scores it going out
-        for name, p in self.named_parameters():  # GPT-2's initialisation
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = self.transformer.wte.weight  # tied: one matrix embeds and scores
+
+        # GPT-2's initialization: what adds to the residual stream starts smaller, so that the
+        # sum over all blocks has the same size at any depth
+        for name, p in self.named_parameters():
             if name.endswith('bias'):
                 nn.init.zeros_(p)
-            elif p.dim() == 2:  # what adds to the stream starts smaller, so that all blocks together add up to one
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if name.endswith('c_proj.weight') else 0.02)
+            elif name.endswith('c_proj.weight'):
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
+            elif p.dim() == 2:
+                nn.init.normal_(p, std=0.02)
 
-    def hidden(self, idx, cache=None, start=0, run=call):
-        """Ids (B, T), the first of them at position start, to the final normalised stream (B, T, C). With a cache, the
-        tokens before start are in it, and these join them."""
-        T, size = idx.shape[1], self.config.block_size
-        length = T if cache is None else cache[0].shape[-2]
-        assert length <= size, f'{length} tokens do not fit block_size={size}'
+    def hidden(self, idx, cache=None, start=0):
+        """Ids (B, T), the first at position start, to the final hidden states (B, T, C).
+        With a cache, these tokens join the ones before start, whose keys and values it holds."""
+        T = idx.shape[1]
+        length = T if cache is None else cache[0].shape[3]
+        assert length <= self.config.block_size, f'{length} tokens exceed block_size'
         position = start + torch.arange(T, device=idx.device)
-        mask = None if cache is None else torch.arange(length, device=idx.device) <= position[:, None]  # (T, length)
-        x, rotation = self.transformer.wte(idx), None  # (B, T, C)
+        mask = None
+        if cache is not None:  # (T, length): each token sees the cache up to its own position
+            mask = torch.arange(length, device=idx.device) <= position[:, None]
+
+        x = self.transformer.wte(idx)  # (B, T, C)
+        rotation = None
         if self.config.rope:
             half = self.config.n_embd // self.config.n_head // 2
             speed = 10000 ** (-torch.arange(half, device=idx.device) / half)
-            angle = position[:, None] * speed  # (T, hs / 2): fast pairs tell neighbours apart, slow ones pages
+            angle = position[:, None] * speed  # (T, half): fast pairs to slow pairs
             rotation = angle.cos(), angle.sin()
         else:
             x = x + self.transformer.wpe(position)
         x = self.transformer.drop(x)
-        if self.recompute and torch.is_grad_enabled():
-            run = partial(activation_checkpoint, use_reentrant=False)
         for i, block in enumerate(self.transformer.h):
-            x = run(block, x, rotation, None if cache is None else cache[i], position, mask)
+            if self.recompute_activations and torch.is_grad_enabled():
+                x = activation_checkpoint(block, x, rotation, use_reentrant=False)
+            else:
+                x = block(x, rotation, None if cache is None else cache[i], position, mask)
         return self.transformer.ln_f(x)
 
     def forward(self, idx, targets=None):
-        """Ids (B, T) to (logits (B, T, vocab_size), loss). The loss is the mean of -log p(target), where targets of
-        -1 don't count, and None without targets."""
+        """Ids (B, T) to (logits (B, T, vocab_size), loss). The loss is the mean of
+        -log p(target) and ignores targets of -1; without targets it is None."""
         logits = self.lm_head(self.hidden(idx))
         if targets is None:
             return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+        return logits, loss
 
-    def empty_cache(self, batch_size, length):
-        """Room for each layer's keys and values of so many tokens, for hidden()."""
-        shape = 2, batch_size, self.config.n_head, length, self.config.n_embd // self.config.n_head
-        return [self.transformer.wte.weight.new_zeros(shape) for _ in self.transformer.h]
-
-    @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, vocab_size=None, compile=False):
-        """Continue each row of idx (B, T): yields the next token of every row, (B,), max_new_tokens times. temperature
-        0 takes the likeliest, top_k keeps the k likeliest, top_p the fewest that hold that much probability together.
-        Ids from vocab_size up (padding) are never emitted.
-
-        Keys and values of the tokens so far are cached, so a step costs one token. When the window of block_size is
-        full, the more recent half of it is read anew as the start of the next window, and so on. On CUDA, and with
-        compile, all steps of one token have the same shapes, on a cache of full length."""
-        assert not self.training, 'call model.eval() first: dropout is on'
-        size, batch, device = self.config.block_size, len(idx), idx.device
-        cache = self.empty_cache(batch, min(size, idx.shape[1] + max_new_tokens))
-        run = torch.compile(call) if compile else call
-
-        def step(token, position):  # (B, 1), () -> (B, vocab_size)
-            return run(self.lm_head, self.hidden(token, cache, position, run)[:, -1])
-
-        window = unread = idx[:, -size:]
-        start, take = 0, None
-        for _ in range(max_new_tokens):
-            if start + unread.shape[1] > size:
-                unread, start = window[:, -max(1, size // 2):], 0
-            end = start + unread.shape[1]
-            if start and (compile or device.type == 'cuda'):
-                position = torch.full((), start, device=device)
-                take = take or (record(step, unread, position) if device.type == 'cuda' else step)
-                logits = take(unread, position)
-            else:
-                rows = batch if start or (unread != unread[:1]).any() else 1  # rows that are all alike are read once
-                x = self.hidden(unread[:rows], [layer[:, :rows, :, :end] for layer in cache], start)[:, -1]
-                if rows < batch:
-                    for layer in cache:
-                        layer[:, 1:, :, :end] = layer[:, :1, :, :end]
-                logits = self.lm_head(x).expand(batch, -1)
-            token = sample_token(logits[:, :vocab_size], temperature, top_k, top_p)
-            yield token
-            start, unread = end, token[:, None]
-            window = torch.cat((window, unread), dim=1)[:, -size:]
-
-    @classmethod
-    def from_checkpoint(cls, checkpoint, **changes):
-        """The model in a checkpoint that load_checkpoint read, with the changes made to its config (dropout, say)."""
-        args, weights = checkpoint['model_args'] | changes, checkpoint['model']
-        try:
-            if args['n_layer'] > len(weights):
-                raise ValueError(f"{args['n_layer']} layers in {len(weights)} tensors")
-            with torch.device('meta'):  # shapes alone: the weights take their places, with no second copy of any
-                model = cls(GPTConfig(**args))
-            model.load_state_dict({name: w.float() for name, w in weights.items()}, assign=True)
-        except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
-            raise UserError(f"a checkpoint's weights do not fit its model_args: {error}") from None
-        model.lm_head.weight = model.transformer.wte.weight
-        return model
-
-    @classmethod
-    def from_pretrained(cls, source, **changes):
-        """GPT-2 itself ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl': downloaded once), or a model of its kind from a
-        folder or .safetensors file in Hugging Face's format."""
-        return cls.from_checkpoint(load_pretrained(source), **changes)
-
-    def quantize(self):
-        """Keep the matrices in 8 bits, to generate. Embeddings stay as they are."""
-        for module in self.modules():
-            if isinstance(module, Linear):
-                module.quantize()
+    def compile_blocks(self):
+        """Compile block by block: all blocks are alike, so one is compiled for all of them."""
+        self.compiled = True
+        for block in self.transformer.h:
+            block.compile()
 
     def crop_block_size(self, block_size):
-        """Shorten the window, e.g. to finetune on shorter texts: the later positions are dropped."""
+        """Shorten the longest sequence, for example to finetune on shorter texts."""
         assert block_size <= self.config.block_size
         self.config.block_size = block_size
         if not self.config.rope:
             wpe = self.transformer.wpe
-            wpe.weight, wpe.num_embeddings = nn.Parameter(wpe.weight[:block_size].clone()), block_size
+            wpe.weight = nn.Parameter(wpe.weight[:block_size].clone())
+            wpe.num_embeddings = block_size
 
     def num_params(self):
-        return sum(p.numel() for p in self.parameters())  # the tied head counts once
+        return sum(p.numel() for p in self.parameters())  # counts the tied matrix once
 
     def flops_per_token(self):
-        """Floating point operations to train on one token, by the usual account: forward 2 per weight of every matrix
-        and 4 * T * C per layer for attention (as if not causal), backward twice that."""
-        matrices = sum(p.numel() for name, p in self.named_parameters() if p.dim() == 2 and 'wpe' not in name)
-        return 6 * matrices + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
+        """Floating point operations to train on one token. The forward pass takes 2 for each
+        weight of a matrix, and 4 T C in each layer for attention (as if it were not causal).
+        The backward pass takes twice as many."""
+        matrices = [p for name, p in self.named_parameters() if p.dim() == 2 and 'wpe' not in name]
+        attention = self.config.n_layer * self.config.n_embd * self.config.block_size
+        return 6 * sum(p.numel() for p in matrices) + 12 * attention
 
     def configure_optimizers(self, kind, weight_decay, learning_rate, betas):
-        """{'adamw': AdamW for all}, or with kind='muon' {'adamw': ..., 'muon': Muon for the blocks' matrices}. Matrices
-        decay towards zero, vectors (biases, norms) do not. Muon's step changes a matrix by as much in every direction,
-        and is scaled to the usual size of AdamW's, so that one learning rate serves both."""
-        inner = [p for p in self.transformer.h.parameters() if p.dim() == 2] if kind == 'muon' else []
-        inside = set(inner)
-        matrices = [p for p in self.parameters() if p.dim() == 2 and p not in inside]
+        """{'adamw': AdamW for all parameters}; with kind='muon', Muon takes the blocks'
+        matrices. Matrices decay, biases and norms do not. Muon's update is scaled to the usual
+        size of AdamW's, so that one learning rate serves both."""
+        muon_params = []
+        if kind == 'muon':
+            muon_params = [p for p in self.transformer.h.parameters() if p.dim() == 2]
+        taken = set(muon_params)
+        matrices = [p for p in self.parameters() if p.dim() == 2 and p not in taken]
         vectors = [p for p in self.parameters() if p.dim() < 2]
-        groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=vectors, weight_decay=0.0)]
-        optimizers = dict(adamw=torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True))
-        if inner:
-            optimizers['muon'] = torch.optim.Muon(inner, lr=learning_rate, weight_decay=weight_decay,
-                                                  momentum=betas[0], adjust_lr_fn='match_rms_adamw')
+        groups = [dict(params=matrices, weight_decay=weight_decay),
+                  dict(params=vectors, weight_decay=0.0)]
+        optimizers = dict(adamw=torch.optim.AdamW(groups, learning_rate, betas, fused=True))
+        if muon_params:
+            optimizers['muon'] = torch.optim.Muon(
+                muon_params, learning_rate, weight_decay, momentum=betas[0],
+                adjust_lr_fn='match_rms_adamw')
         return optimizers
 
 
-class Linear(nn.Linear):
-    """y = W x + b. To generate token by token is to read all of W from memory again and again, and on a CPU the usual
-    product keeps far below what memory can deliver: hence two other ways to put it for a few tokens."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.register_buffer('scale', None)  # of each row, if W is int8
-
-    def quantize(self):
-        """Keep W in 8 bits: each row in steps of 1/127 of its largest weight, rounded so that bfloat16 holds them."""
-        assert self.scale is None, 'quantized already'
-        w = self.weight.detach()
-        self.scale = (w.abs().amax(dim=1) / 127).clamp(min=1e-30).bfloat16().float()
-        steps = (w / self.scale[:, None]).round().clamp(-127, 127)
-        self.weight = nn.Parameter(steps.to(torch.int8), requires_grad=False)
-
-    def forward(self, x):
-        w, rows = self.weight, x.numel() // self.in_features
-        few = not torch.is_grad_enabled() and x.device.type == 'cpu' and rows <= 4
-        if few and torch.compiler.is_compiling():  # one loop over W, which serves all rows
-            flat = x.reshape(rows, -1).contiguous()
-            flat = flat.as_strided(flat.shape, flat.stride())  # has x computed before the loop instead of inside
-            y = (w[:, None] * flat).sum(-1).t()
-        elif few and w.dtype == torch.float32:  # W in parts, so that every core has some
-            cores = torch.get_num_threads()
-            parts = next((n for n in range(cores, 16 * cores) if self.out_features % n == 0), 1)
-            y = x.reshape(1, rows, -1).expand(parts, -1, -1) @ w.view(parts, -1, self.in_features).transpose(1, 2)
-            y = y.transpose(0, 1)
-        elif self.scale is None:
-            return super().forward(x)
-        else:
-            return F.linear(x, w * self.scale[:, None].type_as(x), self.bias)
-        y = y.reshape(*x.shape[:-1], -1)
-        if self.scale is not None:
-            y = y * self.scale
-        return y if self.bias is None else y + self.bias
+# -----------------------------------------------------------------------------
+# generation
 
 
-def record(step, *inputs):
-    """Record all that step launches on the GPU, as a CUDA graph: to replay it takes one launch instead of hundreds."""
-    inputs = [x.clone() for x in inputs]  # our own: each replay overwrites them
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        for _ in range(3):  # what happens only at first must not be recorded: compiling, choosing kernels
+def sample_token(logits, temperature=1.0, top_k=None, top_p=None):
+    """Choose the next token of each row: logits (B, vocab_size) -> ids (B,).
+
+    temperature below 1 sharpens the distribution, 0 takes the most likely token. top_k keeps the
+    k most likely tokens, top_p the fewest whose probabilities add up to it."""
+    if temperature < 1e-6:  # dividing by it would overflow
+        return logits.argmax(dim=-1)
+    logits = logits.float() / temperature
+    nucleus = top_p is not None and top_p < 1
+    ids = None
+    if top_k or nucleus:
+        k = min(top_k or logits.shape[-1], logits.shape[-1])
+        logits, ids = logits.topk(k)  # in descending order
+    probs = logits.softmax(dim=-1)
+    if nucleus:
+        before = probs.cumsum(dim=-1) - probs  # probability of the more likely tokens
+        probs = probs * (before < top_p)
+    if probs.device.type == 'mps':  # its multinomial can draw ids of zero probability
+        probs = probs.cpu()
+    choice = torch.multinomial(probs, 1).to(logits.device)
+    if ids is not None:
+        choice = ids.gather(1, choice)
+    return choice.squeeze(1)
+
+
+def new_cache(model, batch_size, length):
+    """A tensor for each layer's keys and values: (2, batch_size, n_head, length, head size)."""
+    config = model.config
+    shape = 2, batch_size, config.n_head, length, config.n_embd // config.n_head
+    return [model.transformer.wte.weight.new_zeros(shape) for _ in range(config.n_layer)]
+
+
+def prefill(model, idx, cache):
+    """Read idx (B, T) from position 0: fill the cache, return the logits of the next token."""
+    B, T = idx.shape
+    rows = 1 if (idx == idx[:1]).all() else B  # a prompt that all rows share is read once
+    eager = contextlib.nullcontext()
+    if model.compiled:  # do not compile for every length of prompt
+        eager = torch.compiler.set_stance('force_eager')
+    with eager:
+        x = model.hidden(idx[:rows], [layer[:, :rows, :, :T] for layer in cache])
+    if rows < B:
+        for layer in cache:
+            layer[:, 1:, :, :T] = layer[:, :1, :, :T]
+    return model.lm_head(x[:, -1]).expand(B, -1)
+
+
+def decode_step(model, token, position, cache):
+    """Read one more token of each row, (B, 1): extend the cache, return the next logits."""
+    return model.lm_head(model.hidden(token, cache, position)[:, -1])
+
+
+def record_cuda_graph(step, *inputs):
+    """Record the kernels that step launches. Replaying them takes one launch, not hundreds."""
+    inputs = [x.clone() for x in inputs]  # the graph reads these, so each replay fills them
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # compile and choose kernels before recording
             step(*inputs)
-    torch.cuda.current_stream().wait_stream(aside)
+    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         output = step(*inputs)
 
-    def replay(*new):
-        for old, now in zip(inputs, new, strict=True):
-            old.copy_(now)
+    def replay(*new_inputs):
+        for x, new in zip(inputs, new_inputs, strict=True):
+            x.copy_(new)
         graph.replay()
         return output
     return replay
 
 
-def sample_token(logits, temperature=1.0, top_k=None, top_p=None):
-    """Draw one token for each row of scores: logits (B, vocab) -> (B,)."""
-    if temperature < 1e-6:  # dividing by so little would overflow
-        return logits.argmax(dim=-1)
-    logits = logits.float() / temperature  # below 1 sharpens the choice, above 1 flattens it
-    nucleus, ids = top_p is not None and top_p < 1, None
-    if top_k or nucleus:  # the k likeliest, in this order
-        logits, ids = logits.topk(min(top_k or math.inf, logits.shape[-1]))
-    probs = logits.softmax(dim=-1)
-    if nucleus:
-        probs = probs * (probs.cumsum(dim=-1) - probs < top_p)  # none whose betters hold that much already
-    probs = probs.cpu() if probs.device.type == 'mps' else probs  # whose multinomial can draw ids of no probability
-    token = torch.multinomial(probs, 1).to(logits.device)
-    return (token if ids is None else ids.gather(1, token)).squeeze(1)
+@torch.no_grad()
+def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, vocab_size=None):
+    """Continue each row of idx (B, T): yields the next token of every row, (B,), max_new_tokens
+    times. Ids from vocab_size up (padding) are never chosen.
+
+    The cache holds the keys and values of the tokens so far, so that a step costs one token. When
+    it holds block_size tokens, the more recent half is read again as the start of a new one."""
+    assert not model.training, 'call model.eval() first: dropout is on'
+    device, block_size = idx.device, model.config.block_size
+    window = idx[:, -block_size:]
+    cache = new_cache(model, len(idx), min(block_size, window.shape[1] + max_new_tokens))
+
+    def decode(token, position):
+        return decode_step(model, token, position, cache)
+
+    # compiled and recorded steps need fixed shapes, so they attend to the whole masked cache
+    fixed_shapes = model.compiled or device.type == 'cuda'
+    if device.type == 'cuda':  # recording writes to position 0, which the prefill overwrites
+        position = torch.zeros((), dtype=torch.long, device=device)
+        decode = record_cuda_graph(decode, window[:, -1:], position)
+
+    length = 0  # of the cache in use
+    for _ in range(max_new_tokens):
+        if window.shape[1] > block_size:
+            window = window[:, -max(1, block_size // 2):]
+            length = 0
+        if length == 0:
+            logits = prefill(model, window, cache)
+        elif fixed_shapes:
+            logits = decode(window[:, -1:], torch.full((), length, device=device))
+        else:
+            used = [layer[:, :, :, :length + 1] for layer in cache]
+            logits = decode_step(model, window[:, -1:], length, used)
+        length = window.shape[1]
+        token = sample_token(logits[:, :vocab_size], temperature, top_k, top_p)
+        yield token
+        window = torch.cat((window, token[:, None]), dim=1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Weights in. Wherever they come from, they become one kind of dict, of which GPT.from_checkpoint makes a model.
+GPT.generate = generate  # so that the network above stands alone
 
-PRETRAINED = {  # layers, heads, width; and the sha256 of its file, where known
+
+# Faster linear layers for generation. Each token reads every weight, so the memory sets the pace,
+# and the usual product with a few rows reaches only part of its bandwidth on a CPU.
+
+
+def has_few_rows(x):
+    return x.device.type == 'cpu' and x.numel() // x.shape[-1] <= 4
+
+
+def loop_product(x, weight):
+    """x W^T as one loop over W that serves all rows of x, for the compiler."""
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    rows = rows.as_strided(rows.shape, rows.stride())  # keeps the computation of x out of the loop
+    y = (weight[:, None] * rows).sum(-1).t()
+    return y.reshape(*x.shape[:-1], -1)
+
+
+def split_product(x, weight):
+    """x W^T with W in parts, so that every core reads some of it."""
+    out_features, in_features = weight.shape
+    cores = torch.get_num_threads()
+    parts = next((n for n in range(cores, 16 * cores) if out_features % n == 0), 1)
+    rows = x.reshape(1, -1, in_features).expand(parts, -1, -1)
+    y = rows @ weight.view(parts, -1, in_features).transpose(1, 2)  # (parts, rows, out / parts)
+    return y.transpose(0, 1).reshape(*x.shape[:-1], -1)
+
+
+class FastLinear(nn.Module):
+    """A linear layer that is faster for a few rows on a CPU."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.weight = linear.weight
+        self.bias = linear.bias
+
+    def forward(self, x):
+        if has_few_rows(x) and torch.compiler.is_compiling():
+            y = loop_product(x, self.weight)
+        elif has_few_rows(x) and x.dtype == torch.float32:
+            y = split_product(x, self.weight)
+        else:
+            return F.linear(x, self.weight, self.bias)
+        return y if self.bias is None else y + self.bias
+
+
+class Int8Linear(nn.Module):
+    """A linear layer with 8-bit weights: each row in steps of 1/127 of its largest weight."""
+
+    def __init__(self, linear):
+        super().__init__()
+        weight = linear.weight.detach()
+        scale = (weight.abs().amax(dim=1) / 127).clamp(min=1e-30)
+        scale = scale.bfloat16().float()  # bfloat16 models hold the same value
+        steps = (weight / scale[:, None]).round().clamp(-127, 127).to(torch.int8)
+        self.register_buffer('scale', scale)
+        self.weight = nn.Parameter(steps, requires_grad=False)
+        self.bias = linear.bias
+
+    def forward(self, x):
+        if has_few_rows(x) and torch.compiler.is_compiling():
+            y = loop_product(x, self.weight) * self.scale
+            return y if self.bias is None else y + self.bias
+        weight = self.weight * self.scale[:, None].type_as(x)
+        return F.linear(x, weight, self.bias)
+
+
+def optimize_for_generation(model, int8=False, compile=False):
+    """Replace the linear layers by faster ones. The model can no longer be trained."""
+    linear_class = Int8Linear if int8 else FastLinear
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear):
+                setattr(module, name, linear_class(child))
+    if compile:
+        model.compile_blocks()
+
+
+# -----------------------------------------------------------------------------
+# checkpoints: wherever weights come from, they become one kind of dict
+
+
+PRETRAINED = {  # layers, heads, width, sha256 of the file where known
     'gpt2': (12, 12, 768, '248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707'),
-    'gpt2-medium': (24, 16, 1024, 'fc5a354a19255ad494f3d71549390baca1ccf61d1d822b9408971705c687c9cd'),
-    'gpt2-large': (36, 20, 1280, None), 'gpt2-xl': (48, 25, 1600, None)}
-DTYPES = dict(F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, U8=torch.uint8, BOOL=torch.bool)
-FACTS = dict(model_type='gpt2', activation_function='gelu_new', layer_norm_epsilon=1e-5, n_inner=None,
-             scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, tie_word_embeddings=True,
-             add_cross_attention=False)  # what every config.json of a GPT-2 says, if only by default
-TURNED = ('c_attn.weight', 'c_fc.weight', 'c_proj.weight')  # Hugging Face keeps these matrices the other way round
+    'gpt2-medium': (24, 16, 1024,
+                    'fc5a354a19255ad494f3d71549390baca1ccf61d1d822b9408971705c687c9cd'),
+    'gpt2-large': (36, 20, 1280, None),
+    'gpt2-xl': (48, 25, 1600, None),
+}
+CHECKPOINT_TYPES = dict(model=dict, model_args=dict, tokenizer=dict, config=dict, iter_num=int,
+                        best_val_loss=float)
 
 
-def load_checkpoint(source, *more, data=None):
-    """A model and what belongs to it, on the CPU: weights (model), model_args, tokenizer, config, iter_num,
-    best_val_loss, path, and more that is asked for by name. The source is a file that train.py or nanoGPT saved, the
-    folder of a run (its best.pt, or else ckpt.pt), or what GPT.from_pretrained takes. Loading it cannot run code.
-    data is the folder of a dataset, to be asked first for the characters of a nanoGPT model."""
-    if source in PRETRAINED or source.endswith('.safetensors') or os.path.exists(os.path.join(source, 'config.json')):
+def config_from_settings(settings, **changes):
+    """The GPTConfig that a script's settings describe."""
+    args = {f.name: settings[f.name] for f in fields(GPTConfig) if f.name in settings}
+    try:
+        return GPTConfig(**args | changes)
+    except ValueError as error:
+        raise UserError(error) from None
+
+
+def save_checkpoint(checkpoint, path):
+    """Write a checkpoint so that path is always the old one or the new one, whole, even after a
+    power cut. An OSError says why that failed."""
+    folder = os.path.dirname(path) or '.'
+    try:
+        with open(path + '.tmp', 'wb') as f:
+            torch.save(checkpoint, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(path + '.tmp', path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        with contextlib.suppress(OSError):
+            os.remove(path + '.tmp')
+        free = shutil.disk_usage(folder).free if os.path.isdir(folder) else 0
+        reason = str(error).splitlines()[0][:120]
+        raise OSError(f'cannot save {path}, {free / 1e6:,.1f} MB free: {reason}') from None
+    if os.name == 'posix':  # make the new name durable
+        descriptor = os.open(folder, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # some file systems cannot do this
+            os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def load_checkpoint(source, data=None):
+    """A model and what belongs to it, on the CPU: weights (model), model_args, tokenizer, config,
+    iter_num, best_val_loss, path, and for resuming the optimizer's state.
+
+    The source is the folder of a run (its best.pt, else ckpt.pt), a file that train.py or nanoGPT
+    saved, or what from_pretrained takes. Loading it cannot run code. data is the folder of a
+    dataset that may hold the characters of a nanoGPT model."""
+    has_config = os.path.exists(os.path.join(source, 'config.json'))
+    if source in PRETRAINED or source.endswith('.safetensors') or has_config:
         return load_pretrained(source)
-    best, newest = os.path.join(source, 'best.pt'), os.path.join(source, 'ckpt.pt')
-    path = best if os.path.exists(best) else newest if os.path.isdir(source) else source
+    path = source
+    if os.path.isdir(source):
+        path = os.path.join(source, 'best.pt')
+        if not os.path.exists(path):
+            path = os.path.join(source, 'ckpt.pt')
     if not os.path.exists(path):
-        raise UserError(f'{path!r}: there is no such checkpoint: --init_from takes the folder of a run or one of '
-                        f'{", ".join(PRETRAINED)}, or train a model: python train.py config/train_shakespeare.py')
-    with open(path, 'rb') as f:
-        try:
-            if zipfile.is_zipfile(f):
-                archive = zipfile.ZipFile(f)
-                folders = [part.filename for part in archive.infolist() if part.external_attr]  # torch would read zeros
-                if damaged := archive.testzip() or folders:
-                    raise ValueError(f'{damaged} is not what was saved')
-            f.seek(0)
+        raise UserError(f'there is no checkpoint {path!r}: name the folder of a run, one of '
+                        f'{", ".join(PRETRAINED)}, or train a model first')
+    try:
+        with open(path, 'rb') as f:
+            verify_archive(f)
             checkpoint = dict(torch.load(f, map_location='cpu', weights_only=True))
-            if 'tokenizer' not in checkpoint:
-                checkpoint.update(from_nanogpt(checkpoint, path, data))
-        except UserError:
-            raise
-        except Exception as error:  # torch.load has many ways to say that a file is damaged
-            folder, reason = Path(path).parent, f'{type(error).__name__}: {str(error)[:80]}'
-            others = sorted({*folder.glob('*.pt'), *folder.glob('earlier-*/*.pt')} - {Path(path)})
-            raise UserError(f'{path} is damaged or not a checkpoint ({reason}): to start from, there is '
-                            f'{", ".join(map(str, others)) or "no other beside it"}') from error
-    kinds = dict.fromkeys(('model', 'model_args', 'tokenizer', 'config', *more), dict)
-    kinds |= dict(iter_num=int, best_val_loss=float)
-    if wrong := [key for key, kind in kinds.items() if not isinstance(checkpoint.get(key), kind)]:
-        raise UserError(f"{path} is not a checkpoint to start from this way: it lacks {', '.join(wrong)}")
+        if 'tokenizer' not in checkpoint:
+            checkpoint |= from_nanogpt(checkpoint, path, data)
+    except UserError:
+        raise
+    except Exception as error:  # torch.load reports damage in many ways
+        folder = Path(path).parent
+        others = {*folder.glob('*.pt'), *folder.glob('earlier-*/*.pt')} - {Path(path)}
+        others = ', '.join(sorted(map(str, others))) or 'none'
+        reason = f'{type(error).__name__}: {str(error)[:80]}'
+        raise UserError(f'{path} is damaged or not a checkpoint ({reason}); '
+                        f'other checkpoints here: {others}') from error
+    for key, kind in CHECKPOINT_TYPES.items():
+        if not isinstance(checkpoint.get(key), kind):
+            raise UserError(f'{path} is not a checkpoint of this code: it lacks {key!r}')
     return checkpoint | dict(path=path)
 
 
+def verify_archive(f):
+    """Compare a checkpoint's tensors with their checksums, which torch.load does not do."""
+    if zipfile.is_zipfile(f):
+        archive = zipfile.ZipFile(f)
+        # no checksum covers the attribute that makes a file a folder, which torch reads as zeros
+        folders = [entry.filename for entry in archive.infolist() if entry.external_attr]
+        damaged = archive.testzip() or folders
+        if damaged:
+            raise ValueError(f'{damaged} has changed since it was saved')
+    f.seek(0)
+
+
 def from_nanogpt(checkpoint, path, data):
-    """What is different in a nanoGPT checkpoint: the compiler's prefix in names, masks among the weights, the loss in a
-    tensor, and no tokenizer: it is GPT-2's, or its dataset's, which lies where nanoGPT keeps it or in our data."""
-    n_vocab, dataset = checkpoint['model_args']['vocab_size'], os.path.basename(checkpoint['config']['dataset'])
-    tokenizer = dict(type='gpt2')
-    if n_vocab not in (50257, 50304):
-        beside, ours = os.path.join(os.path.dirname(path), '..', 'data', dataset), os.path.join(DATA, dataset)
-        found = [nanogpt_tokenizer(folder) for folder in (data, beside, ours) if folder]
-        tokenizer = next((spec for spec in found if spec and len(spec['chars']) == n_vocab), None)
-        if not tokenizer:
-            raise UserError(f'{path}: nanoGPT trained this with the {n_vocab} characters of its dataset {dataset!r}, '
-                            f'but there is no meta.pkl with as many: copy its folder to {ours}')
-    weights = {name.removeprefix('_orig_mod.'): w for name, w in checkpoint['model'].items()
-               if not name.endswith('.attn.bias')}
-    return dict(model=weights, best_val_loss=float(checkpoint['best_val_loss']), scaler={}, tokenizer=tokenizer,
-                optimizer=checkpoint.get('optimizer') and dict(adamw=checkpoint['optimizer']))
-
-
-def load_pretrained(source):
-    """Weights in Hugging Face's format as a checkpoint: in float32, with our names and our way round."""
-    path = Path(find_pretrained(source) if source in PRETRAINED else source)
-    files = sorted(path.glob('model*.safetensors')) or [path]  # a large model has several
-    if not files[0].is_file():
-        raise UserError(f'{source}: there is no model.safetensors: name a folder that transformers or '
-                        'python model.py --export_dir=FOLDER has written')
-    folder, weights = files[0].parent, {}
-    for file in files:
-        for name, tensor in read_safetensors(file):
-            name = name.removeprefix('transformer.')
-            if name.endswith(('.attn.bias', '.attn.masked_bias')):  # masks, in old files
-                continue
-            if not tensor.is_floating_point():
-                raise UserError(f'{file}: {name} is of {tensor.dtype}, and weights are F32, F16 or BF16')
-            tensor = tensor.transpose(0, -1) if name.endswith(TURNED) else tensor
-            tensor = tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-            weights[name if name == 'lm_head.weight' else f'transformer.{name}'] = tensor
-    try:
-        wte, wpe = weights['transformer.wte.weight'], weights['transformer.wpe.weight']
-        (vocab_size, n_embd), block_size = wte.shape, len(wpe)
-    except (KeyError, ValueError, TypeError):
-        raise UserError(f'{source} is not a GPT-2: its tensors are {", ".join(weights)[:100]}...') from None
-    if not torch.equal(weights.setdefault('lm_head.weight', wte), wte):
-        raise UserError(f'{source}: lm_head.weight is not wte.weight, which GPT-2 uses for both')
-
-    config = read_json(folder / 'config.json')
-    n_layer = sum(name.endswith('.ln_1.weight') for name in weights)
-    facts = FACTS | dict(n_layer=n_layer, n_embd=n_embd, n_positions=block_size, vocab_size=vocab_size)
-    synonyms = dict(activation_function='gelu_pytorch_tanh', n_inner=4 * n_embd)
-    for key, value in facts.items():
-        if config.get(key, value) not in (value, synonyms.get(key, value)):
-            raise UserError(f'{folder}/config.json says {key}={config[key]!r}, but this GPT-2 has {value!r}')
-    if 'n_head' not in config and n_embd % 64:
-        raise UserError(f'{source}: a width of {n_embd} is not heads of 64 as in GPT-2: their number belongs in a '
-                        'config.json beside it, as n_head')
-
-    tokenizer = read_json(folder / 'meta.json').get('tokenizer')  # what we exported
+    """The entries of a nanoGPT checkpoint that differ from ours. It names no tokenizer: that is
+    GPT-2's, or the characters of its dataset, found beside it, in data, or in our own data."""
+    vocab_size = checkpoint['model_args']['vocab_size']
+    dataset = os.path.basename(checkpoint['config']['dataset'])
+    ours = os.path.join(DATA, dataset)
+    beside = os.path.join(os.path.dirname(path), '..', 'data', dataset)
+    tokenizer = dict(type='gpt2') if vocab_size in (50257, 50304) else None
+    for folder in (data, beside, ours):
+        spec = nanogpt_tokenizer(folder) if folder and not tokenizer else None
+        if spec and len(spec['chars']) == vocab_size:
+            tokenizer = spec
     if not tokenizer:
-        vocabularies = [p.read_bytes() for p in (folder / 'vocab.json', folder / 'tokenizer.json') if p.exists()]
-        is_gpt2 = 50257 <= vocab_size <= 50304 and all(re.search(rb'gazed": ?50255\b', v) for v in vocabularies)
-        tokenizer = dict(type='gpt2' if is_gpt2 else 'unknown')
-    model_args = dict(n_layer=n_layer, n_head=config.get('n_head', n_embd // 64), n_embd=n_embd, block_size=block_size,
-                      vocab_size=vocab_size, bias='transformer.ln_f.bias' in weights, dropout=0.0)
-    return dict(model=weights, model_args=model_args, tokenizer=tokenizer, config={}, iter_num=0,
-                best_val_loss=math.inf, path=str(files[0]))
+        raise UserError(f'{path} was trained by nanoGPT on the {vocab_size} characters of dataset '
+                        f'{dataset!r}, but no meta.pkl with as many was found: copy its folder '
+                        f'to {ours}')
+    weights = {name.removeprefix('_orig_mod.'): w for name, w in checkpoint['model'].items()
+               if not name.endswith('.attn.bias')}  # the mask
+    optimizer = checkpoint.get('optimizer')
+    return dict(model=weights, tokenizer=tokenizer, scaler={},
+                best_val_loss=float(checkpoint['best_val_loss']),
+                optimizer=optimizer and dict(adamw=optimizer))
+
+
+def from_checkpoint(checkpoint, **changes):
+    """The model in a checkpoint, with changes to its config, such as another dropout."""
+    args = checkpoint['model_args'] | changes
+    weights = {name: w.float() for name, w in checkpoint['model'].items()}
+    try:
+        if args['n_layer'] > len(weights):
+            raise ValueError(f"n_layer={args['n_layer']}, but only {len(weights)} tensors")
+        with torch.device('meta'):  # shapes only: the weights are assigned, not copied
+            model = GPT(GPTConfig(**args))
+        model.load_state_dict(weights, assign=True)
+    except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(f'the weights of this checkpoint do not fit its model_args: '
+                        f'{error}') from None
+    model.lm_head.weight = model.transformer.wte.weight
+    return model
+
+
+def from_pretrained(source, **changes):
+    """OpenAI's GPT-2 ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', downloaded once), or a
+    GPT-2 in Hugging Face's format: a folder or a .safetensors file."""
+    return from_checkpoint(load_pretrained(source), **changes)
+
+
+GPT.from_checkpoint = staticmethod(from_checkpoint)
+GPT.from_pretrained = staticmethod(from_pretrained)
+
+
+# Hugging Face's format. It stores the matrices of these layers transposed.
+TRANSPOSED = ('c_attn.weight', 'c_fc.weight', 'c_proj.weight')
+MASKS = ('.attn.bias', '.attn.masked_bias')  # in old files
+GPT2_CONFIG = dict(  # what config.json of a GPT-2 says, if only by default
+    model_type='gpt2', activation_function='gelu_new', layer_norm_epsilon=1e-5, n_inner=None,
+    scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, tie_word_embeddings=True,
+    add_cross_attention=False)
+SAFETENSORS_DTYPES = dict(F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16,
+                          U8=torch.uint8, BOOL=torch.bool)
 
 
 def find_pretrained(name):
-    """The file with these weights of OpenAI's: in our cache, in Hugging Face's, or downloaded to ours."""
-    env = os.environ.get
-    path = os.path.join(os.path.expanduser(env('GPT_CACHE') or '~/.cache/gpt'), name, 'model.safetensors')
-    home = env('HF_HOME') or os.path.join(env('XDG_CACHE_HOME') or '~/.cache', 'huggingface')
-    hub = os.path.expanduser(env('HF_HUB_CACHE') or os.path.join(home, 'hub'))
-    for file in (path, *Path(hub).glob(f'models--openai-community--{name}/snapshots/*/model.safetensors')):
+    """The file with OpenAI's weights: in our cache, in Hugging Face's, or downloaded to ours."""
+    cache = os.path.expanduser(os.environ.get('GPT_CACHE') or '~/.cache/gpt')
+    path = os.path.join(cache, name, 'model.safetensors')
+    hf_home = os.environ.get('HF_HOME') or os.path.join(
+        os.environ.get('XDG_CACHE_HOME') or '~/.cache', 'huggingface')
+    hub_cache = os.environ.get('HF_HUB_CACHE') or os.path.join(hf_home, 'hub')
+    hub_cache = Path(hub_cache).expanduser()
+    snapshots = f'models--openai-community--{name}/snapshots/*/model.safetensors'
+    for file in (path, *hub_cache.glob(snapshots)):
         if os.path.exists(file):
             return file
-    print(f'{name}: downloading to {path} (another folder: GPT_CACHE=FOLDER)', file=sys.stderr)
-    download({path: f'{HUB}/openai-community/{name}/resolve/main/model.safetensors'}, PRETRAINED[name][3],
-             check=lambda path: next(read_safetensors(path), None))
+    print(f'downloading {name} to {path} (GPT_CACHE=FOLDER moves it)', file=sys.stderr)
+    url = f'{HUB}/openai-community/{name}/resolve/main/model.safetensors'
+    sha256 = PRETRAINED[name][3]
+    download({path: url}, sha256, check=lambda path: next(read_safetensors(path), None))
     return path
 
 
+def load_pretrained(source):
+    """Weights in Hugging Face's format as a checkpoint: in float32, with our names and layout."""
+    path = Path(find_pretrained(source) if source in PRETRAINED else source)
+    files = sorted(path.glob('model*.safetensors')) or [path]  # large models have several
+    if not files[0].is_file():
+        raise UserError(f'{source} has no model.safetensors: name a folder that transformers or '
+                        'python model.py --export_dir=FOLDER wrote')
+    folder = files[0].parent
+    weights = {}
+    for file in files:
+        for name, tensor in read_safetensors(file):
+            if name.endswith(MASKS):
+                continue
+            if not tensor.is_floating_point():
+                raise UserError(f'{file}: {name} is {tensor.dtype}, but weights must be F32, F16 '
+                                'or BF16')
+            if name != 'lm_head.weight':
+                name = 'transformer.' + name.removeprefix('transformer.')
+            if name.endswith(TRANSPOSED):
+                tensor = tensor.transpose(0, -1)
+            weights[name] = tensor.to(torch.float32, copy=True,
+                                      memory_format=torch.contiguous_format)
+    try:
+        wte = weights['transformer.wte.weight']
+        vocab_size, n_embd = wte.shape
+        block_size, _ = weights['transformer.wpe.weight'].shape
+    except (KeyError, ValueError):
+        names = ', '.join(weights)[:100]
+        raise UserError(f'{source} is not a GPT-2: its tensors are {names}...') from None
+    if not torch.equal(weights.setdefault('lm_head.weight', wte), wte):
+        raise UserError(f'{source}: lm_head.weight differs from wte.weight; GPT-2 ties them')
+
+    config = read_json(folder / 'config.json')
+    n_layer = sum(name.endswith('.ln_1.weight') for name in weights)
+    expected = GPT2_CONFIG | dict(n_layer=n_layer, n_embd=n_embd, n_positions=block_size,
+                                  vocab_size=vocab_size)
+    synonyms = dict(activation_function='gelu_pytorch_tanh', n_inner=4 * n_embd)
+    for key, value in expected.items():
+        if config.get(key, value) not in (value, synonyms.get(key, value)):
+            raise UserError(f'{folder}/config.json says {key}={config[key]!r}, but GPT-2 with '
+                            f'these weights has {value!r}')
+    if 'n_head' not in config and n_embd % 64:
+        raise UserError(f'{source}: n_embd={n_embd} is not a multiple of 64, so the number of '
+                        'heads is unknown: add a config.json with n_head')
+    model_args = dict(n_layer=n_layer, n_head=config.get('n_head', n_embd // 64), n_embd=n_embd,
+                      block_size=block_size, vocab_size=vocab_size,
+                      bias='transformer.ln_f.bias' in weights, dropout=0.0)
+    return dict(model=weights, model_args=model_args, tokenizer=tokenizer_of(folder, vocab_size),
+                config={}, iter_num=0, best_val_loss=math.inf, path=str(files[0]))
+
+
+def tokenizer_of(folder, vocab_size):
+    """The tokenizer of a model in Hugging Face's format: one that we exported, or GPT-2's."""
+    exported = read_json(folder / 'meta.json').get('tokenizer')
+    if exported:
+        return exported
+    is_gpt2 = 50257 <= vocab_size <= 50304
+    for name in ('vocab.json', 'tokenizer.json'):
+        if (folder / name).exists():  # 'gazed' is the last word in GPT-2's vocabulary
+            vocabulary = (folder / name).read_bytes()
+            is_gpt2 = is_gpt2 and bool(re.search(rb'gazed": ?50255\b', vocabulary))
+    return dict(type='gpt2' if is_gpt2 else 'unknown')
+
+
 def read_safetensors(path):
-    """Yield (name, tensor) for a .safetensors file: the length of its header, the header, in JSON, which says what lies
-    where, and the numbers. Nothing in it is believed: it has to add up. The tensors are pages of the file."""
-    size, at = os.path.getsize(path), 0
-    with open(path, 'rb') as f:
-        length = int.from_bytes(f.read(8), 'little')
-        try:
-            header = json.loads(f.read(min(length, 100_000_000)))  # what is longer is no header
-            header.pop('__metadata__', None)
-            entries = sorted((*entry['data_offsets'], name, entry['dtype'], entry['shape'])
-                             for name, entry in header.items())
-            for begin, end, name, dtype, shape in entries:
-                whole = all(type(n) is int and n >= 0 for n in (begin, end, *shape))
-                if not whole or begin != at or end - at != math.prod(shape) * DTYPES[dtype].itemsize:
-                    raise ValueError(f'{name}, {dtype} {shape}, in bytes {begin} to {end}, where {at} are taken')
-                at = end
-            if 8 + length + at != size:
-                raise ValueError(f'{8 + length + at:,} bytes by its header, {size:,} on disk')
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(f'{path} is damaged or not a safetensors file: {str(error)[:200]}') from None
+    """Yield (name, tensor) from a .safetensors file: the length of the header, the header as
+    JSON, and the tensors' bytes. The header must account for every byte of the file."""
+    try:
+        with open(path, 'rb') as f:
+            header_size = int.from_bytes(f.read(8), 'little')
+            header = json.loads(f.read(min(header_size, 100_000_000)))
+        header.pop('__metadata__', None)
+        entries = sorted((*entry['data_offsets'], name, entry['dtype'], entry['shape'])
+                         for name, entry in header.items())
+        position = 0
+        for begin, end, name, dtype, shape in entries:
+            valid = all(type(n) is int and n >= 0 for n in (begin, end, *shape))
+            size = math.prod(shape) * SAFETENSORS_DTYPES[dtype].itemsize
+            if not valid or begin != position or end - begin != size:
+                raise ValueError(f'{name}, {dtype} {shape}, cannot be bytes {begin} to {end}')
+            position = end
+        described, size = 8 + header_size + position, os.path.getsize(path)
+        if described != size:
+            raise ValueError(f'{size:,} bytes on disk, {described:,} in the header')
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f'{path} is damaged or not a safetensors file: '
+                        f'{str(error)[:200]}') from None
     for begin, end, name, dtype, shape in entries:
-        if end > begin:  # each is mapped by itself: pages once read would count as memory
-            data = np.memmap(path, np.uint8, 'c', 8 + length + begin, end - begin)
-            yield name, torch.from_numpy(data).view(DTYPES[dtype]).view(shape)
+        if end > begin:  # each tensor is mapped alone: pages that were read count as memory
+            data = np.memmap(path, np.uint8, 'c', 8 + header_size + begin, end - begin)
+            yield name, torch.from_numpy(data).view(SAFETENSORS_DTYPES[dtype]).view(shape)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Weights out.
-
-def to_huggingface(checkpoint, folder):
-    """Write a folder that transformers loads: the weights, what it wants to know of them, and the tokenizer."""
-    model = GPT.from_checkpoint(checkpoint)
-    config, tensors = model.config, {}
-    if flags := [flag for flag in ('rope', 'qk_norm', 'relu2') if getattr(config, flag)]:
-        raise UserError(f"GPT-2's format has no place for {', '.join(flags)}: only models without can be exported this "
-                        'way; --export_onnx=FILE can hold it')
-    tok = get_tokenizer(checkpoint['tokenizer'])
-    for name, w in model.named_parameters():  # the tied head is not named again
-        w = w.detach()[:tok.n_vocab if 'wte' in name else None]  # without the padding
-        tensors[name] = w.T if name.endswith(TURNED) else w
-        if not config.bias and not name.endswith(('wte.weight', 'wpe.weight')):
-            tensors[name.replace('weight', 'bias')] = torch.zeros(len(w))
-    header, at = dict(__metadata__=dict(format='pt')), 0
+def write_safetensors(tensors, path):
+    """Write {name: float32 tensor} to a .safetensors file."""
+    header = dict(__metadata__=dict(format='pt'))
+    position = 0
     for name, tensor in tensors.items():
-        header[name] = dict(dtype='F32', shape=list(tensor.shape), data_offsets=[at, at := at + tensor.nbytes])
+        end = position + tensor.nbytes
+        header[name] = dict(dtype='F32', shape=list(tensor.shape), data_offsets=[position, end])
+        position = end
     header = json.dumps(header).encode()
     header += b' ' * (-len(header) % 8)
-
-    facts = FACTS | dict(
-        architectures=['GPT2LMHeadModel'], n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd,
-        n_positions=config.block_size, vocab_size=len(tensors['transformer.wte.weight']), dtype='float32',
-        resid_pdrop=config.dropout, embd_pdrop=config.dropout, attn_pdrop=config.dropout)
-    ends = dict(bos_token_id=tok.eot, eos_token_id=tok.eot)
-    files = {'config.json': facts | ends, 'generation_config.json': ends if tok.eot is not None else {},
-             'meta.json': dict(tokenizer=checkpoint['tokenizer'], vocab_size=tok.n_vocab)}
-    if isinstance(tok, BPETokenizer):
-        files.update(tok.huggingface())
-    os.makedirs(folder, exist_ok=True)
-    path = os.path.join(folder, 'model.safetensors')
     with open(path + '.tmp', 'wb') as f:
         f.write(len(header).to_bytes(8, 'little') + header)
         for tensor in tensors.values():
             tensor.contiguous().numpy().tofile(f)
     os.replace(path + '.tmp', path)
+
+
+def to_huggingface(checkpoint, folder):
+    """Write a folder that transformers loads: weights, config and tokenizer."""
+    model = from_checkpoint(checkpoint)
+    config = model.config
+    gpt2_fields = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias')
+    changed = [f.name for f in fields(config)
+               if f.name not in gpt2_fields and getattr(config, f.name) != f.default]
+    if changed:
+        raise UserError(f"GPT-2's format cannot hold a model with {', '.join(changed)}: "
+                        'use --export_onnx=FILE')
+    tok = get_tokenizer(checkpoint['tokenizer'])
+    tensors = {}
+    for name, w in model.named_parameters():  # names the tied matrix once, as wte
+        w = w.detach()
+        if name == 'transformer.wte.weight':
+            w = w[:tok.n_vocab]  # without the padding
+        tensors[name] = w.T if name.endswith(TRANSPOSED) else w
+        if not config.bias and name.endswith(('ln_1.weight', 'ln_2.weight', 'ln_f.weight',
+                                              *TRANSPOSED)):
+            tensors[name.replace('weight', 'bias')] = torch.zeros(len(w))
+
+    ends = dict(bos_token_id=tok.eot, eos_token_id=tok.eot)
+    files = {
+        'config.json': GPT2_CONFIG | ends | dict(
+            architectures=['GPT2LMHeadModel'], dtype='float32', n_layer=config.n_layer,
+            n_head=config.n_head, n_embd=config.n_embd, n_positions=config.block_size,
+            vocab_size=tok.n_vocab, resid_pdrop=config.dropout, embd_pdrop=config.dropout,
+            attn_pdrop=config.dropout),
+        'generation_config.json': ends if tok.eot is not None else {},
+        'meta.json': dict(tokenizer=checkpoint['tokenizer'], vocab_size=tok.n_vocab),
+    }
+    if isinstance(tok, BPETokenizer):
+        files |= tok.huggingface_files()
+    os.makedirs(folder, exist_ok=True)
+    write_safetensors(tensors, os.path.join(folder, 'model.safetensors'))
     for name, content in files.items():
         Path(folder, name).write_text(json.dumps(content, indent=1), encoding='utf-8')
-    print(f'{folder}: model.safetensors, {", ".join(files)}')
+    print(f'wrote {folder}: model.safetensors, {", ".join(files)}')
 
 
 def to_onnx(model, path):
     """Write the model as an ONNX graph from idx, of any batch size and length, to logits."""
-    optional('onnxscript', 'export_onnx')  # which brings onnx along
-    torch.onnx.export(model, (torch.zeros(2, 2, dtype=torch.long),), path, input_names=['idx'], output_names=['logits'],
-                      dynamic_shapes=dict(idx={0: 'batch', 1: 'time'}), dynamo=True, verbose=False)
-    print(f'{path}: idx (batch, time up to {model.config.block_size}) -> logits (batch, time, vocabulary)')
+    optional('onnxscript', 'export_onnx')
+    shapes = dict(idx={0: 'batch', 1: 'time'})
+    torch.onnx.export(model, (torch.zeros(2, 2, dtype=torch.long),), path, input_names=['idx'],
+                      output_names=['logits'], dynamic_shapes=shapes, dynamo=True, verbose=False)
+    print(f'wrote {path}: idx (batch, time) -> logits (batch, time, vocabulary)')
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What running this file prints.
+# -----------------------------------------------------------------------------
+# python model.py
 
-CARDS = 8, 12, 16, 24, 40, 48, 80, 141, 192  # GB that GPUs have
-WHAT = dict(wte='token id -> vector', wpe='position -> vector, added', drop='dropout', ln_1='normalise each token',
-            attn='gather from earlier tokens', c_attn='queries, keys, values', c_proj='back to the stream, added',
-            ln_2='normalise each token', c_fc='widen', ln_f='normalise each token', lm_head='score every token')
+GPU_SIZES = 8, 12, 16, 24, 40, 48, 80, 141, 192  # GB
+PURPOSES = dict(
+    wte='token id to vector', wpe='position to vector', drop='dropout', ln_1='normalize',
+    attn='mix earlier tokens', c_attn='queries, keys, values', c_proj='back to the stream',
+    ln_2='normalize', c_fc='widen', ln_f='normalize', lm_head='score every token')
 
 
-def watch(model, *inputs):
-    """One forward pass: what comes out of every module, by name, in the order in which they are done."""
-    names, outputs = {module: name for name, module in model.named_modules()}, {}
-    with nn.modules.module.register_module_forward_hook(lambda module, _, out: outputs.update({names[module]: out})):
+def record_pass(model, *inputs):
+    """Run a forward pass: {name: (arguments, output)} of every module, in order of completion."""
+    names = {module: name.removeprefix('transformer.') for name, module in model.named_modules()}
+    records = {}
+
+    def record(module, args, output):
+        records[names[module]] = args, output
+    with nn.modules.module.register_module_forward_hook(record):
         model(*inputs)
-    return outputs
+    return records
 
 
 @torch.no_grad()
-def follow(model, tok, text, layer, head):
-    """One forward pass, step by step: what comes out of every module, whom a head of a layer attends to, and what the
-    model would say next after each block. Returns the logits."""
-    check(dict(layer=layer, head=head), 'layer >= 0', f'layer < {model.config.n_layer}', 'head >= 0',
-          f'head < {model.config.n_head}')
+def trace_text(model, tok, text, layer, head):
+    """Print a forward pass: every module's output, the attention of one head, and what the model
+    would predict after each block. Returns the logits."""
+    check(dict(layer=layer, head=head), 'layer >= 0', f'layer < {model.config.n_layer}',
+          'head >= 0', f'head < {model.config.n_head}')
     ids = tok.encode(text, special=True).tolist()
-    if not 0 < len(ids) <= model.config.block_size:
-        raise UserError(f'trace={text!r} is {len(ids)} tokens: from 1 to block_size={model.config.block_size} of them')
-    piece = lambda i: repr(tok.decode_bytes([i]).decode('utf-8', 'replace'))[1:-1]  # noqa: E731
-    from unittest.mock import patch
-    with patch.object(F, 'scaled_dot_product_attention', wraps=F.scaled_dot_product_attention) as attend:
-        outputs = watch(model, torch.tensor([ids]))
-    q, k = (x[0, head] for x in attend.call_args_list[layer].args[:2])  # (T, head size)
-    # where each value is a 1 in a place of its own, what comes out are the shares: (T, T)
-    shares = F.scaled_dot_product_attention(q, k, torch.eye(len(ids)), is_causal=True)
+    T = len(ids)
+    if not 0 < T <= model.config.block_size:
+        raise UserError(f'trace={text!r} has {T} tokens: use 1 to {model.config.block_size}')
+    records = record_pass(model, torch.tensor([ids]))
 
-    print(f'{len(ids)} tokens: ' + ' '.join(f'{piece(i)!r}={i}' for i in ids))
-    print(f'\n{"what comes out of":<30}{"shape":<20}{"mean":>8}{"std":>8}  what it did')
-    for name, out in outputs.items():
+    def piece(i):
+        return repr(tok.decode_bytes([i]).decode('utf-8', 'replace'))[1:-1]
+
+    tokens = ' '.join(f'{piece(i)!r}={i}' for i in ids)
+    print(textwrap.fill(f'{T} tokens: {tokens}', 80, break_on_hyphens=False))
+    print(f'\n{"output of":<18}{"shape":<18}{"mean":>9}{"std":>9}    what it does')
+    for name, (_, output) in records.items():
         last = name.split('.')[-1]
-        what = 'the stream after this block' if last.isdigit() else WHAT.get(last)
-        if what and (name.count('.') < 3 or name.startswith(f'transformer.h.{layer}.')):
-            print(f'{name:<30}{str(tuple(out.shape)):<20}{out.mean():>8.3f}{out.std():>8.3f}  {what}')
+        purpose = 'the stream after a block' if last.isdigit() else PURPOSES.get(last)
+        if purpose and (name.count('.') < 2 or name.startswith(f'h.{layer}.')):
+            print(f'{name:<18}{str(tuple(output.shape)):<18}{output.mean():>9.3f}'
+                  f'{output.std():>9.3f}    {purpose}')
 
-    print(f'\nlayer {layer}, head {head}: how much each token (a row) takes from those up to itself (columns)\n'
-          'from . for 10% and more, over : - = + * # and %, to @ for 90%')
-    labels = [piece(i)[:12] for i in ids]
-    for letters in zip(*(label.rjust(max(map(len, labels))) for label in labels), strict=True):
+    attn = model.transformer.h[layer].attn
+    x, rotation = records[f'h.{layer}.attn'][0][:2]
+    q, k, _ = attn.queries_keys_values(x, rotation)  # (1, n_head, T, head size)
+    scores = q[0, head] @ k[0, head].T / math.sqrt(q.shape[-1])
+    future = torch.ones(T, T, dtype=torch.bool).triu(1)
+    weights = scores.masked_fill(future, -math.inf).softmax(dim=-1)
+
+    shown = slice(max(0, T - 33), T)  # as many as fit
+    labels = [piece(i)[:12] for i in ids[shown]]
+    height = max(map(len, labels))
+    print(f'\nlayer {layer}, head {head}: how much each token (row) attends to each earlier one\n'
+          'blank: below 10%, then in steps of 10%: . : - = + * # % @')
+    for letters in zip(*(label.rjust(height) for label in labels), strict=True):
         print(' ' * 14 + ' '.join(letters))
-    for label, row in zip(labels, shares.tolist(), strict=True):
-        print(f'{label:>12}  ' + ' '.join(' .:-=+*#%@'[min(9, int(share * 10))] for share in row).rstrip())
+    for label, row in zip(labels, weights[shown, shown].tolist(), strict=True):
+        marks = [' .:-=+*#%@'[min(9, int(10 * weight))] for weight in row]
+        print(f'{label:>12}  {" ".join(marks)}'.rstrip())
 
-    print('\nafter block    length of the stream    what it would say next, were this the last')
+    print('\nblock  norm of the stream  next token, if this block were the last')
     for i in range(model.config.n_layer):
-        x = outputs[f'transformer.h.{i}']
-        scores = model.lm_head(model.transformer.ln_f(x[:, -1]))[0, :tok.n_vocab]
-        chances, likely = scores.softmax(-1).topk(min(5, tok.n_vocab))
-        guesses = '  '.join(f'{piece(i)!r} {p:.1%}' for i, p in zip(likely.tolist(), chances.tolist(), strict=True))
-        print(f'{i:>11}{x.norm(dim=-1).mean():>24.2f}    {guesses}')
-    return outputs['lm_head']
+        _, x = records[f'h.{i}']
+        logits = model.lm_head(model.transformer.ln_f(x[0, -1]))[:tok.n_vocab]
+        probs, likely = logits.softmax(-1).topk(min(4, tok.n_vocab))
+        guesses = [f'{piece(i)!r} {p:.1%}' for i, p in zip(likely.tolist(), probs, strict=True)]
+        print(f'{i:>5}{x.norm(dim=-1).mean():>20.2f}  {"  ".join(guesses)}'[:80])
+    return records['lm_head'][1]
 
 
-def explain(config, batch_size, dtype):
-    """Print every module of a model with what it does, its output's shape, parameters and forward FLOPs; then totals
-    and the memory that training takes. Fake tensors have shapes but no numbers, so that any size is instant."""
+def print_layout(config, batch_size, dtype):
+    """Print every module with its purpose, output shape, parameters and forward FLOPs, then the
+    memory that training takes. Fake tensors have no data, so any size is instant."""
     from torch._subclasses.fake_tensor import FakeTensorMode
-    tokens = batch_size * config.block_size
 
-    def forward(recompute):
-        """What comes out of every module, and how many bytes autograd keeps for the backward pass, weights aside."""
-        model.recompute = recompute
-        kept = {p.untyped_storage()._cdata: p for p in model.parameters()}  # each storage counts once
-        keep = lambda t: kept.setdefault(t.untyped_storage()._cdata, t)  # noqa: E731
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            outputs = watch(model, idx, idx)
-        return outputs, sum(t.untyped_storage().nbytes() for t in kept.values()) - 4 * n
+    def run_forward(recompute):
+        """All outputs, and how many bytes autograd keeps for the backward pass."""
+        model.recompute_activations = recompute
+        kept = {}
 
-    with FakeTensorMode(), torch.autocast('cpu', getattr(torch, dtype), enabled=dtype != 'float32'):
-        model, idx = GPT(config), torch.zeros(batch_size, config.block_size, dtype=torch.long)
+        def keep(tensor):
+            kept[tensor.untyped_storage()._cdata] = tensor  # counts each storage once
+            return tensor
+        for p in model.parameters():
+            keep(p)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            records = record_pass(model, idx, idx)
+        return records, sum(t.untyped_storage().nbytes() for t in kept.values()) - 4 * n
+
+    half = dtype == 'bfloat16'
+    with FakeTensorMode(), torch.autocast('cpu', torch.bfloat16, enabled=half):
+        model = GPT(config)
         n = model.num_params()
-        (outputs, kept), (_, outside) = forward(False), forward(True)
+        idx = torch.zeros(batch_size, config.block_size, dtype=torch.long)
+        records, activations = run_forward(recompute=False)
+        _, outside_blocks = run_forward(recompute=True)
 
-    print(f'{"module":<30}{"what it does":<30}{"output":<22}{"parameters":>14}{"forward GFLOPs":>16}')
+    tokens = batch_size * config.block_size
+    print(f'{"module":<16}{"purpose":<22}{"output":<18}{"parameters":>12}{"GFLOPs":>12}')
     for name, module in model.named_modules():
+        name = name.removeprefix('transformer.')
         last = name.split('.')[-1]
-        if name == 'transformer.h.1':
-            print(f'transformer.h.1 ... {config.n_layer - 1}: the same again')
-        if last in WHAT and not re.match(r'transformer\.h\.[1-9]', name):
-            parameters = f'{sum(p.numel() for p in module.parameters(recurse=False)):,}'
-            flops = 2 * tokens * module.weight.numel() if isinstance(module, Linear) else 0
-            if last == 'attn':  # q k^T and its product with v
-                flops = 4 * tokens * config.block_size * config.n_embd
-            print(f'{name:<30}{WHAT[last]:<30}{str(tuple(outputs[name].shape)):<22}'
-                  f'{"tied to wte" if last == "lm_head" else parameters:>14}{flops / 1e9:>16,.3f}')
-    print(f'\nparameters {n:,}; to train on one token takes {model.flops_per_token() / 1e9:,.3f} GFLOPs, '
-          f'on a batch of {batch_size} x {config.block_size} {model.flops_per_token() * tokens / 1e12:,.3f} TFLOPs\n'
-          f'weights alone in MB: {4 * n / 1e6:,.1f} in float32, {2 * n / 1e6:,.1f} in bfloat16, {n / 1e6:,.1f} in int8')
+        if name == 'h.1':
+            print(f'h.1 ... {config.n_layer - 1}: the same')
+        if last not in PURPOSES or re.match(r'h\.[1-9]', name):
+            continue
+        count = f'{sum(p.numel() for p in module.parameters(recurse=False)):,}'
+        flops = 0
+        if last == 'lm_head':
+            count = 'tied to wte'
+        if isinstance(module, nn.Linear):
+            flops = 2 * tokens * module.weight.numel()
+        elif last == 'attn':  # q k^T, and its product with v
+            flops = 4 * tokens * config.block_size * config.n_embd
+        shape = str(tuple(records[name][1].shape))
+        print(f'{name:<16}{PURPOSES[last]:<22}{shape:<18}{count:>12}{flops / 1e9:>12,.3f}')
+    flops = model.flops_per_token()
+    print(f'\nparameters {n:,}; training on a batch of {batch_size} x {config.block_size} tokens '
+          f'takes {flops * tokens / 1e12:,.3f} TFLOPs')
+    print(f'weights in MB: {4 * n / 1e6:,.1f} in float32, {2 * n / 1e6:,.1f} in bfloat16, '
+          f'{n / 1e6:,.1f} in int8')
 
-    inside = (kept - outside) / config.n_layer  # with activation_checkpointing: of one block, and what enters each
-    fewer = outside + inside + 4 * tokens * config.n_embd * config.n_layer
-    block = sum(p.numel() for p in model.transformer.h[0].parameters())
-    gathered = 4 * (n - config.n_layer * block) + 2 * (4 if dtype == 'float32' else 2) * block
-    print(f'\n{f"memory to train on that batch in {dtype}, at least, in MB":<60}{"weights":>12}{"gradients":>12}'
-          f'{"AdamW":>12}{"activations":>12}{"together":>12}  fits into')
-    for gpus, kind in ((1, 'one GPU, or each with ddp'), (8, 'each of 8 with fsdp'), (64, 'each of 64 with fsdp')):
-        for what, size in (('', kept), (', activation_checkpointing', fewer)):
-            memory = [4 * n / gpus + gathered * (gpus > 1), 4 * n / gpus, 8 * n / gpus, size]
-            card = next((f'{gb} GB' for gb in CARDS if sum(memory) < 0.9e9 * gb), 'no card')
-            print(f'{kind + what:<60}' + ''.join(f'{m / 1e6:>12,.1f}' for m in (*memory, sum(memory))) + f'  {card}')
+    # recomputing keeps the input of every block, and the activations of one block at a time
+    one_block = (activations - outside_blocks) / config.n_layer
+    inputs = 4 * tokens * config.n_embd * config.n_layer
+    recomputed = outside_blocks + one_block + inputs
+    # fsdp gathers what is outside the blocks, and two blocks at a time
+    block_params = sum(p.numel() for p in model.transformer.h[0].parameters())
+    gathered = 4 * (n - config.n_layer * block_params) + 2 * (2 if half else 4) * block_params
+    print(f'\nmemory to train on this batch in {dtype}, in MB, at least')
+    print(f'{"":<28}{"weights":>9}{"grads":>9}{"AdamW":>9}{"activ.":>9}{"total":>9}  GPU')
+    for gpus in (1, 8):
+        for recompute in (False, True):
+            label = '8 GPUs with fsdp' if gpus > 1 else '1 GPU, or ddp'
+            memory = [4 * n / gpus, 4 * n / gpus, 8 * n / gpus, activations]
+            if gpus > 1:
+                memory[0] += gathered
+            if recompute:
+                label += ', recompute'
+                memory[3] = recomputed
+            memory.append(sum(memory))
+            card = next((f'{gb} GB' for gb in GPU_SIZES if memory[-1] < 0.9e9 * gb), 'none')
+            print(f'{label:<28}' + ''.join(f'{m / 1e6:>9,.1f}' for m in memory) + f'  {card}')
 
 
 if __name__ == '__main__':
-    init_from = ''      # the model to explain or export: the folder of a run, a checkpoint, gpt2-xl, ...; '': random
-    trace = ''          # a text: show how it goes through the model, step by step
-    layer = 0           # of the trace: whose attention to show
-    head = 0            # and of which of its heads
-    export_dir = ''     # write it there for Hugging Face's transformers
-    export_onnx = ''    # write it to this file for ONNX runtimes
-    batch_size = 8      # to explain: how many windows are trained on at once
-    dtype = 'bfloat16'  # to explain: of the activations, bfloat16 or float32; all else is float32
+    init_from = ''      # model to show or export: a run's folder, a checkpoint, gpt2-xl; '': random
+    trace = ''          # text to follow through the model, step by step
+    layer = 0           # trace: layer whose attention to show
+    head = 0            # trace: head of that layer
+    export_dir = ''     # folder to write for Hugging Face's transformers
+    export_onnx = ''    # file to write for ONNX runtimes
+    batch_size = 8      # sequences in the batch whose memory is estimated
+    dtype = 'bfloat16'  # of the activations in that estimate: bfloat16 or float32
     globals().update(vars(GPTConfig()))
     settings = configure(globals())
     check(settings, 'batch_size > 0', "dtype in ('float32', 'bfloat16')")
-    config = GPTConfig(**{name: settings[name] for name in vars(GPTConfig())})
+    if (export_dir or export_onnx) and not init_from:
+        raise UserError('an export needs a model: add --init_from=out-mine, for example')
+    config = config_from_settings(settings)
+
+    if export_dir:
+        to_huggingface(load_checkpoint(init_from), export_dir)
+    if export_onnx:
+        to_onnx(from_checkpoint(load_checkpoint(init_from), dropout=0.0).eval(), export_onnx)
     if export_dir or export_onnx:
-        if not init_from:
-            raise UserError('to export a model it has to be named: --init_from=out-mine, say')
-        checkpoint = load_checkpoint(init_from)
-        if export_dir:
-            to_huggingface(checkpoint, export_dir)
-        if export_onnx:
-            to_onnx(GPT.from_checkpoint(checkpoint, dropout=0.0).eval(), export_onnx)
-    elif trace:
+        sys.exit()
+
+    if trace:
         if init_from:
             checkpoint = load_checkpoint(init_from)
+            model = from_checkpoint(checkpoint)
+            tokenizer = checkpoint['tokenizer']
         else:  # a random model of these characters
-            chars = ''.join(sorted(set(trace)))
-            config.vocab_size = len(chars)
-            checkpoint = dict(model=GPT(config).state_dict(), model_args=vars(config),
-                              tokenizer=dict(type='char', chars=chars))
-        follow(GPT.from_checkpoint(checkpoint).eval(), get_tokenizer(checkpoint['tokenizer']), trace, layer, head)
+            tokenizer = dict(type='char', chars=''.join(sorted(set(trace))))
+            config.vocab_size = len(tokenizer['chars'])
+            model = GPT(config)
+        trace_text(model.eval(), get_tokenizer(tokenizer), trace, layer, head)
     else:
-        if init_from in PRETRAINED:  # known without the weights
+        if init_from in PRETRAINED:  # known without downloading the weights
             n_layer, n_head, n_embd, _ = PRETRAINED[init_from]
             config = GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
         elif init_from:
             config = GPTConfig(**load_checkpoint(init_from)['model_args'])
-        explain(config, batch_size, dtype)
+        print_layout(config, batch_size, dtype)

@@ -117,7 +117,7 @@ class BPETokenizer:
     def decode_bytes(self, ids):
         return self.encoding.decode_bytes([int(i) for i in ids])
 
-    def huggingface(self):
+    def huggingface_files(self):
         """The files of which transformers makes the same tokenizer: {name: content}."""
         visible, others = {*range(33, 127), *range(161, 173), *range(174, 256)}, iter(range(256, 512))
         letters = [b if b in visible else next(others) for b in range(256)]  # as GPT-2's files write bytes

@@ -1,11 +1,11 @@
 """
-Write text with a model.
+Generate text with a model.
 
-$ python sample.py --out_dir=out-shakespeare                      # the best model of a run
+$ python sample.py --out_dir=out-shakespeare               # the best model of a run
 $ python sample.py --out_dir=out --start="To be" --num_samples=1 --temperature=0.5
-$ cat prompt.txt | python sample.py --init_from=out/ckpt.pt --start=- --stop=END
 $ python sample.py --init_from=gpt2-xl --start="The meaning of life is"
-$ python sample.py --out_dir=out-shakespeare --interactive=True   # a prompt at a time; Ctrl-C ends a text, Ctrl-D all
+$ python sample.py --out_dir=out-shakespeare --interactive=True
+$ cat prompt.txt | python sample.py --init_from=out/ckpt.pt --start=- --stop=END
 
 The text goes to stdout, everything else to stderr.
 """
@@ -16,120 +16,140 @@ import time
 
 import torch
 
-from configurator import UserError, check, configure, keep_memory, resolve
-from model import GPT, load_checkpoint
+from configurator import UserError, check, configure, keep_memory, resolve_device, resolve_dtype
+from model import GPT, load_checkpoint, optimize_for_generation
 from prepare import get_tokenizer
 
-init_from = 'resume'   # 'resume' (the run in out_dir, its best.pt or else ckpt.pt), out-mine, x/ckpt.pt, gpt2-xl, ...
-out_dir = 'out'        # where a run has left its checkpoints
-start = ''             # the beginning to go on from; FILE:prompt.txt reads a file, - standard input
-num_samples = 3        # how many texts: the first appears as it is written, the others, written beside it, afterwards
-max_new_tokens = 500   # length of each
-temperature = 0.8      # 1: as the model believes, less: more predictable, 0: always the likeliest token
-top_k = 200            # only the k likeliest tokens; 0: all
-top_p = 1.0            # only the likeliest tokens that hold this much probability together; 1: all
-stop = ''              # end a text where this appears in it
-interactive = False    # ask for one beginning after another, and go on from each
-seed = 1337            # another seed, another text
-device = 'auto'        # 'cpu', 'cuda', 'cuda:1', 'mps'; auto: the best there is
-dtype = 'auto'         # of weights and arithmetic: 'float32', 'bfloat16', 'float16'; auto: what the device is good at
-quantize = ''          # 'int8': the matrices in 8 bits, which on a CPU are read faster still
-compile = 'auto'       # torch.compile: True, False; auto: where so much is to be written that it pays, and for int8
+init_from = 'resume'   # 'resume' (the best model in out_dir), a folder, a checkpoint, or gpt2-xl
+out_dir = 'out'        # folder of a training run
+start = ''             # prompt; FILE:prompt.txt reads a file, - reads stdin
+num_samples = 3        # number of texts; the first is streamed
+max_new_tokens = 500   # length of each text
+temperature = 0.8      # below 1: more predictable; 0: always the most likely token
+top_k = 200            # sample from the k most likely tokens; 0: from all
+top_p = 1.0            # sample from the fewest tokens with this total probability; 1: from all
+stop = ''              # end a text before this string
+interactive = False    # read one prompt after another: Ctrl-C ends a text, Ctrl-D the session
+seed = 1337            # random seed: another seed, another text
+device = 'auto'        # 'cpu', 'cuda', 'cuda:1', 'mps'; auto: the best available
+dtype = 'auto'         # 'float32', 'bfloat16', 'float16'; auto: float32 on a CPU
+quantize = ''          # 'int8': 8-bit weights, faster on a CPU when compiled
+compile = 'auto'       # torch.compile: True, False; auto: for long texts, and for int8
 
 
-class Writer:
-    """Bytes of tokens in, whole characters of text out, up to where stop appears."""
+class TextStream:
+    """Turns the bytes of tokens into text: whole characters only, and nothing from stop on."""
 
     def __init__(self, stop):
-        self.stop, self.held, self.ended = stop, '', False
-        self.decode = codecs.getincrementaldecoder('utf-8')('replace').decode
+        self.stop = stop
+        self.held = ''  # text that may be the beginning of stop
+        self.ended = False
+        self.decoder = codecs.getincrementaldecoder('utf-8')('replace')
 
-    def __call__(self, data, final=False):
-        """The text that can be shown now: what may be the beginning of stop is held back until more has come."""
-        text = '' if self.ended else self.held + self.decode(data, final)
+    def feed(self, data, final=False):
+        """Take the bytes of a token; return the text that can be shown now."""
+        if self.ended:
+            return ''
+        text = self.held + self.decoder.decode(data, final)
         if self.stop and self.stop in text:
             self.ended = True
             return text[:text.index(self.stop)]
-        hold = 0 if final else max((n for n in range(len(self.stop)) if text.endswith(self.stop[:n])), default=0)
-        self.held = text[len(text) - hold:]
-        return text[:len(text) - hold]
+        hold = 0
+        if not final:
+            hold = max((n for n in range(len(self.stop)) if text.endswith(self.stop[:n])), default=0)
+        end = len(text) - hold
+        self.held = text[end:]
+        return text[:end]
 
 
-def read_start(start):
+def read_prompt(start):
+    """The prompt itself, or what a file or stdin contains."""
     if start != '-' and not start.startswith('FILE:'):
         return start
     try:
         with open(0 if start == '-' else start[5:], encoding='utf-8') as f:
             return f.read()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f'start={start} cannot be read as a text in UTF-8 ({error})') from None
+        raise UserError(f'cannot read start={start} as UTF-8 text: {error}') from None
 
 
-def write(model, tok, prompt, num_samples, max_new_tokens, temperature, top_k, top_p, stop, compile):
-    """Print texts that go on from the prompt, the first of them as it is written."""
+def write_samples(model, tok, prompt, num_samples):
+    """Print texts that continue the prompt. The first is streamed, the others follow."""
     ids = tok.encode(prompt, special=True).tolist()
-    ids = ids or [tok.eot or 0]  # it starts from the end of the text before, or the first character, the newline
+    if not ids:
+        ids = [tok.eot or 0]  # the end of the text before, or the first character, a newline
     if len(ids) > model.config.block_size:
-        print(f'the prompt has {len(ids)} tokens, the model sees the last {model.config.block_size}', file=sys.stderr)
-
-    writers, others = [Writer(stop) for _ in range(num_samples)], [prompt] * (num_samples - 1)
+        print(f'the prompt has {len(ids)} tokens; the model sees the last '
+              f'{model.config.block_size}', file=sys.stderr)
+    streams = [TextStream(stop) for _ in range(num_samples)]
+    texts = [prompt] * num_samples
     print(prompt, end='', flush=True)
-    begin, count = time.time(), 0
+
+    begin = time.time()
+    count = 0
     idx = torch.tensor([ids] * num_samples, device=model.lm_head.weight.device)
-    for step in model.generate(idx, max_new_tokens, temperature, top_k, top_p, tok.n_vocab, compile):
-        first, *rest = [writer(tok.decode_bytes([token])) for writer, token in zip(writers, step.tolist(), strict=True)]
-        print(first, end='', flush=True)
-        others = [text + more for text, more in zip(others, rest, strict=True)]
+    for tokens in model.generate(idx, max_new_tokens, temperature, top_k, top_p, tok.n_vocab):
+        for i, token in enumerate(tokens.tolist()):
+            text = streams[i].feed(tok.decode_bytes([token]))
+            texts[i] += text
+            if i == 0:
+                print(text, end='', flush=True)
         count += num_samples
-        if all(writer.ended for writer in writers):
+        if all(stream.ended for stream in streams):
             break
     seconds = time.time() - begin
-    first, *rest = [writer(b'', final=True) for writer in writers]
-    others = [f'---------------\n{text}{more}' for text, more in zip(others, rest, strict=True)]
-    print(first, *others, sep='\n', flush=True)
-    print(f'{count:,} tokens in {seconds:.1f} s: {count / max(seconds, 1e-9):,.0f} tok/s', file=sys.stderr)
+
+    remainders = [stream.feed(b'', final=True) for stream in streams]
+    print(remainders[0])
+    for text, remainder in zip(texts[1:], remainders[1:], strict=True):
+        print(f'---------------\n{text}{remainder}')
+    sys.stdout.flush()
+    print(f'{count:,} tokens in {seconds:.1f} s: {count / max(seconds, 1e-9):,.0f} tok/s',
+          file=sys.stderr)
 
 
 if __name__ == '__main__':
     settings = configure(globals())
-    check(settings, 'temperature >= 0', 'top_k >= 0', 'top_p > 0', 'top_p <= 1', 'num_samples > 0',
-          'max_new_tokens >= 0', 'seed >= 0', 'seed < 2**63', "quantize in ('', 'int8')")
+    check(settings, 'num_samples > 0', 'max_new_tokens >= 0', 'temperature >= 0', 'top_k >= 0',
+          'top_p > 0', 'top_p <= 1', 'seed >= 0', 'seed < 2**63', "quantize in ('', 'int8')",
+          "compile in (True, False, 'auto')")
+    if interactive and start:
+        raise UserError('interactive=True reads prompts from the terminal: leave out --start')
     keep_memory()
-    sys.stdout.reconfigure(errors='replace')  # a terminal that lacks a character shows another
+    sys.stdout.reconfigure(errors='replace')  # for terminals that lack a character
     if hasattr(signal, 'SIGPIPE'):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # sample.py | head ends quietly
 
-    if interactive and start:
-        raise UserError('interactive=True asks for the beginnings: leave --start out')
-    prompt = read_start(start)
+    prompt = read_prompt(start)
     checkpoint = load_checkpoint(out_dir if init_from == 'resume' else init_from)
-    device, dtype, compile = resolve(device, dtype, compile)
     model = GPT.from_checkpoint(checkpoint, dropout=0.0)
     tok = get_tokenizer(checkpoint['tokenizer'])
-    trained = f"step {checkpoint['iter_num']}, val loss {checkpoint['best_val_loss']:.4f}, "
-    print(f"{checkpoint['path']}: {trained if checkpoint['config'] else ''}{model.num_params():,} parameters, "
-          f'on {device} in {dtype}', file=sys.stderr)
-    if quantize:
-        model.quantize()
-    model.to(device, getattr(torch, dtype)).eval()
-    if settings['compile'] == 'auto':  # it takes half a minute and saves up to half of what reading the weights takes
-        to_read = max_new_tokens * sum(p.nbytes for p in model.parameters())
-        compile = device != 'mps' and (quantize != '' or to_read > 2e12)
+    device = resolve_device(device)
+    dtype = resolve_dtype(dtype, device)
+    if compile == 'auto':  # takes half a minute, and saves up to half of the time to read weights
+        bytes_read = max_new_tokens * model.num_params() * getattr(torch, dtype).itemsize
+        compile = device != 'mps' and (quantize == 'int8' or bytes_read > 2e12)
         if compile:
-            torch._dynamo.config.suppress_errors = True  # where it cannot be compiled, go on without
+            torch._dynamo.config.suppress_errors = True  # where it fails, go on without it
+    optimize_for_generation(model, quantize == 'int8', compile)
+    model.to(device, getattr(torch, dtype)).eval()
+    trained = ''
+    if checkpoint['config']:
+        trained = f"step {checkpoint['iter_num']}, val loss {checkpoint['best_val_loss']:.4f}, "
+    print(f"{checkpoint['path']}: {trained}{model.num_params():,} parameters, on {device} in {dtype}",
+          file=sys.stderr)
 
     torch.manual_seed(seed)
     if not interactive:
-        write(model, tok, prompt, num_samples, max_new_tokens, temperature, top_k, top_p, stop, compile)
+        write_samples(model, tok, prompt, num_samples)
     while interactive:
         try:
             print('> ', end='', file=sys.stderr, flush=True)
-            prompt = input()
-            write(model, tok, prompt, 1, max_new_tokens, temperature, top_k, top_p, stop, compile)
+            write_samples(model, tok, input(), num_samples=1)
         except EOFError:  # Ctrl-D
             print()
             break
-        except KeyboardInterrupt:  # ends the text, not the conversation
+        except KeyboardInterrupt:  # Ctrl-C ends the text, not the session
             print()
-        except (UserError, UnicodeDecodeError) as error:  # a character that tokenizer or terminal do not know
+        except (UserError, UnicodeDecodeError) as error:
             print(f'error: {error}', file=sys.stderr)

@@ -1,13 +1,13 @@
 """
 Train a GPT.
 
-$ python train.py config/train_shakespeare.py                                  # from nothing, on the embedded text
-$ python train.py config/train_shakespeare.py --init_from=resume               # go on where it stopped
-$ python train.py config/finetune_shakespeare.py --init_from=gpt2              # finetune OpenAI's weights
-$ torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py       # on 8 GPUs
-$ torchrun --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --master_port=1234 --nproc_per_node=8 train.py ...  # node 0
+$ python train.py config/train_shakespeare.py                # from scratch
+$ python train.py config/train_shakespeare.py --init_from=resume
+$ python train.py config/finetune_shakespeare.py --init_from=gpt2
+$ torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
+$ torchrun --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --master_port=1234 \\
+      --nproc_per_node=8 train.py config/train_gpt2.py       # the first of two nodes
 """
-import contextlib
 import datetime
 import functools
 import gc
@@ -18,7 +18,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import sys
 import time
 
@@ -26,288 +25,169 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
-from configurator import UserError, check, configure, keep_memory, optional, resolve
-from model import GPT, PRETRAINED, GPTConfig, find_pretrained, load_checkpoint
+from configurator import UserError, check, configure, keep_memory, optional, resolve_device, resolve_dtype
+from model import GPT, PRETRAINED, config_from_settings, find_pretrained, load_checkpoint, save_checkpoint
 from prepare import DATA, DATASETS, SHAKESPEARE, get_tokenizer, load_dataset, prepare
 
-# in and out
-out_dir = 'out'                # where ckpt.pt, best.pt and log.jsonl go
-init_from = 'scratch'          # 'scratch', 'resume' (the run in out_dir), or a model to finetune: gpt2-xl, out-mine...
-eval_interval = 2000           # steps from one evaluation, and save, to the next
-eval_iters = 200               # batches in an evaluation, at most
-eval_only = False              # evaluate once and leave
-log_interval = 1               # steps from one log line to the next
-sample_interval = 0            # at evaluations so many steps apart it writes a little, to be looked at; 0: never
-always_save_checkpoint = True  # False: at evaluations save ckpt.pt only when the val loss has improved
-save_interval = 0.0            # minutes from one save to the next, besides those at evaluations; 0: only these
-wandb_log = False              # also log to Weights & Biases
+# input and output
+out_dir = 'out'           # folder for ckpt.pt, best.pt and log.jsonl
+init_from = 'scratch'     # 'scratch', 'resume' or 'auto' (resume if out_dir has a run), or a model: gpt2-xl
+eval_interval = 2000      # steps between evaluations, which also save
+eval_iters = 200          # maximum number of batches in an evaluation
+eval_only = False         # evaluate once and exit
+log_interval = 1          # steps between log lines
+sample_interval = 0       # steps between text samples, a multiple of eval_interval; 0: never
+always_save_checkpoint = True  # False: evaluations save ckpt.pt only when the val loss improves
+save_interval = 0.0       # minutes between saves, besides those of evaluations; 0: off
+wandb_log = False         # log to Weights & Biases
 wandb_project = 'owt'
 wandb_run_name = 'gpt2'
-tensorboard_log = False        # also log to TensorBoard, in out_dir
+tensorboard_log = False   # log to TensorBoard, in out_dir
 # data
-dataset = 'openwebtext'        # a folder in data/ that prepare.py wrote, or an absolute path
-batch_size = 12                # windows in a micro-batch of one process
-block_size = 1024              # tokens in a window
+dataset = 'openwebtext'   # folder in data/ that prepare.py wrote, or an absolute path
+batch_size = 12           # sequences in a micro-batch of one process
+block_size = 1024         # tokens in a sequence
 gradient_accumulation_steps = 5 * 8  # micro-batches in a step, over all processes together
 # model
-n_layer = 12                   # blocks
-n_head = 12                    # attention heads in a block
-n_embd = 768                   # width: numbers for each token
-dropout = 0.0                  # 0 for pretraining; 0.1 and more for finetuning and for texts read many times
-bias = False                   # biases in linear layers and LayerNorms
-rope = False                   # rotary positions instead of learned ones
-qk_norm = False                # normalised queries and keys
-relu2 = False                  # squared ReLU instead of GELU
+n_layer = 12              # number of blocks
+n_head = 12               # attention heads in each block
+n_embd = 768              # width of the model
+dropout = 0.0             # 0 for pretraining; 0.1 or more for finetuning and small datasets
+bias = False              # biases in linear layers and LayerNorms
+rope = False              # rotary positions instead of learned position embeddings
+qk_norm = False           # normalize queries and keys
+relu2 = False             # squared ReLU instead of GELU
 # optimizer
-optimizer = 'adamw'            # 'adamw'; 'muon': torch.optim.Muon for the blocks' matrices, AdamW for the rest
-learning_rate = 6e-4           # at its highest
-max_iters = 600000             # steps to train
-weight_decay = 1e-1            # of matrices; vectors never decay
-beta1 = 0.9                    # how long gradients are remembered
-beta2 = 0.95                   # and their squares
-grad_clip = 1.0                # longest gradient; 0: any
-max_skipped = 20               # steps in a row whose gradient is not finite: each is skipped, after so many it stops
-decay_lr = True                # False: constant, with no warmup either
-lr_schedule = 'cosine'         # 'cosine': half a wave down to min_lr; 'linear': straight down to zero
-warmup_iters = 2000            # steps in which the learning rate rises
-lr_hold_iters = 0              # steps at its highest, before it decays
-lr_decay_iters = 600000        # step at which its decay ends, usually max_iters
-min_lr = 6e-5                  # where cosine ends, usually a tenth of learning_rate
+optimizer = 'adamw'       # 'adamw', or 'muon' for the blocks' matrices and AdamW for the rest
+learning_rate = 6e-4      # peak learning rate
+max_iters = 600000        # number of training steps
+weight_decay = 1e-1       # weight decay of matrices; biases and norms have none
+beta1 = 0.9               # AdamW's decay rate of the mean gradient, Muon's momentum
+beta2 = 0.95              # AdamW's decay rate of the mean squared gradient
+grad_clip = 1.0           # maximum gradient norm; 0: off
+max_skipped = 20          # stop after this many consecutive non-finite gradients
+decay_lr = True           # False: constant learning rate, without warmup
+lr_schedule = 'cosine'    # 'cosine' decays to min_lr, 'linear' to zero
+warmup_iters = 2000       # steps of linear warmup
+lr_hold_iters = 0         # steps at the peak learning rate between warmup and decay
+lr_decay_iters = 600000   # step at which the decay ends, usually max_iters
+min_lr = 6e-5             # final learning rate of 'cosine', usually learning_rate / 10
 # system
-seed = 1337                    # of initial weights, order of the data and dropout
-device = 'auto'                # 'cpu', 'cuda', 'cuda:1', 'mps'; auto: the best there is
-dtype = 'auto'                 # of the arithmetic: 'float32', 'bfloat16', 'float16'; auto: what the device is good at
-compile = 'auto'               # torch.compile: True, False; auto: on CUDA, and for long runs on a CPU
-parallel = 'ddp'               # under torchrun: 'ddp', a whole model in each process; 'fsdp', shared out among all
-activation_checkpointing = False  # compute them again instead of keeping them: less memory, one more forward pass
-backend = 'nccl'               # how CUDA devices talk under torchrun; CPUs always use gloo
-timeout = 30.0                 # minutes that a process waits for another, before it takes that for lost
+seed = 1337               # random seed of initial weights, data order and dropout
+device = 'auto'           # 'cpu', 'cuda', 'cuda:1', 'mps'; auto: the best available
+dtype = 'auto'            # 'float32', 'bfloat16', 'float16'; auto: the fastest on this device
+compile = 'auto'          # torch.compile: True, False; auto: on CUDA, and in long runs on a CPU
+parallel = 'ddp'          # under torchrun: 'ddp', or 'fsdp' to shard the model over the processes
+activation_checkpointing = False  # recompute activations in the backward pass: less memory, slower
+backend = 'nccl'          # torch.distributed backend for CUDA; CPUs use gloo
+timeout = 30.0            # minutes to wait for another process before giving up on it
 
-# dense bfloat16 (float16 where older) peak in TFLOPs by device name, from the makers' data sheets; the first that fits
-PEAK = {'B200': 2250, 'H200': 989, 'H100 PCIe': 756, 'H100': 989, 'A100': 312, 'L40S': 362, 'L4': 121, 'A10': 125,
-        'V100': 125, 'T4': 65, 'RTX 4090': 165, 'RTX 3090': 71}
+# dense bfloat16 peak (float16 on older cards) in TFLOPS, from the data sheets; first match counts
+PEAK_TFLOPS = {
+    'B200': 2250, 'H200': 989, 'H100 PCIe': 756, 'H100': 989, 'A100': 312, 'L40S': 362, 'L4': 121,
+    'A10': 125, 'V100': 125, 'T4': 65, 'RTX 4090': 165, 'RTX 3090': 71,
+}
 
 
 def peak_flops(device, dtype):
-    """The device's peak, or None where it is not known."""
-    name = torch.cuda.get_device_name(device) if device.startswith('cuda') and dtype != 'float32' else ''
-    return next((tflops * 1e12 for key, tflops in PEAK.items() if re.search(rf'\b{key}\b', name)), None)
-
-
-def autocast_for(device, dtype):
-    """The context in which matrix products are computed in dtype while weights stay float32."""
-    return torch.autocast(device.partition(':')[0], getattr(torch, dtype), enabled=dtype != 'float32')
+    """The device's peak FLOPs per second, or None where unknown."""
+    if device.startswith('cuda') and dtype != 'float32':
+        for name, tflops in PEAK_TFLOPS.items():
+            if re.search(rf'\b{name}\b', torch.cuda.get_device_name(device)):
+                return tflops * 1e12
 
 
 @functools.lru_cache(maxsize=2)
 def epoch_windows(n_tokens, block_size, seed, epoch):
-    """Where the windows of one epoch start: side by side from a random offset, in random order."""
+    """Where the windows of an epoch start: side by side from a random offset, shuffled."""
     rng = np.random.default_rng((seed, epoch))
     count = max(1, n_tokens // block_size - 1)
     offset = rng.integers(n_tokens - count * block_size)
     return offset + block_size * rng.permutation(count)
 
 
-def train_starts(n_tokens, block_size, seed, first, count):
+def window_starts(n_tokens, block_size, seed, first, count):
     """Where windows first, first + 1, ... of the endless sequence of epochs start."""
     per_epoch = max(1, n_tokens // block_size - 1)
-    epoch, place = np.divmod(np.arange(first, first + count), per_epoch)
-    return np.concatenate([epoch_windows(n_tokens, block_size, seed, e)[place[epoch == e]] for e in np.unique(epoch)])
+    epochs, places = np.divmod(np.arange(first, first + count), per_epoch)
+    return np.array([epoch_windows(n_tokens, block_size, seed, epoch)[place]
+                     for epoch, place in zip(epochs.tolist(), places, strict=True)])
 
 
-def get_windows(path, dtype, starts, block_size, device):
-    """The windows that start there, and the same shifted by one: inputs and targets, (len(starts), block_size)."""
-    data = np.memmap(path, dtype, 'r')  # mapped anew each time: pages once read would count as this process's memory
+def load_windows(path, dtype, starts, block_size, device):
+    """Inputs and targets, (len(starts), block_size): the windows, and the same shifted by one."""
+    data = np.memmap(path, dtype, 'r')  # mapped each time: pages once read count as memory
     ids = torch.from_numpy(data[starts[:, None] + np.arange(block_size + 1)].astype(np.int64))
     if device.startswith('cuda'):
-        ids = ids.pin_memory()  # so that the copy runs beside the computation
-    ids = ids.to(device, non_blocking=device.startswith('cuda'))
+        ids = ids.pin_memory().to(device, non_blocking=True)  # copies while the GPU computes
+    else:
+        ids = ids.to(device)
     return ids[:, :-1], ids[:, 1:]
 
 
 def get_lr(step, peak, warmup, hold, decay_end, min_lr, schedule):
+    """Linear warmup, then constant for hold steps, then cosine or linear decay."""
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
-    begin = warmup + hold
-    left = 1 - max(0, min(1, (step - begin) / max(1, decay_end - begin)))  # from 1 down to 0
+    decay_start = warmup + hold
+    progress = (step - decay_start) / max(1, decay_end - decay_start)
+    remaining = 1 - max(0, min(1, progress))  # from 1 down to 0
     if schedule == 'linear':
-        return peak * left
-    return min_lr + (peak - min_lr) * (1 - math.cos(math.pi * left)) / 2
-
-
-def backward(model, optimizers, scaler, batches, grad_clip, autocast):
-    """The gradient of a step, a list of micro-batches. Returns their mean loss and the gradient's norm, which is the
-    same in all processes, both still on the device."""
-    total = 0
-    for i, (x, y) in enumerate(batches):
-        last = i == len(batches) - 1  # gradients are exchanged once, after the last micro-batch
-        if isinstance(model, DDP):
-            model.require_backward_grad_sync = last
-        elif hasattr(model, 'set_requires_gradient_sync'):  # of FSDP
-            model.set_requires_gradient_sync(last)
-        with autocast:
-            loss = model(x, y)[1] / len(batches)
-        scaler.scale(loss).backward()
-        total += loss.detach()
-    for optimizer in optimizers.values():
-        scaler.unscale_(optimizer)
-    return total, whole(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf))
-
-
-def update(model, optimizers, scaler, norm):
-    """Take the step, unless its gradient is not finite. Returns its norm, for which it waits for the device."""
-    norm = norm.item()
-    if math.isfinite(norm):
-        for optimizer in optimizers.values():
-            scaler.step(optimizer)
-    scaler.update()
-    model.zero_grad(set_to_none=True)
-    return norm
-
-
-def whole(tensor):
-    """All of a tensor that FSDP has shared out; every process has to ask for it."""
-    return tensor.full_tensor() if hasattr(tensor, 'full_tensor') else tensor
+        return peak * remaining
+    return min_lr + (peak - min_lr) * (1 - math.cos(math.pi * remaining)) / 2
 
 
 def shard(model, device_type, dtype):
-    """Share out weights, gradients and the optimizer's state among all processes. The weights of a block are gathered
-    when its turn comes, on a GPU in dtype, and let go of after it."""
+    """FSDP2: split weights, gradients and optimizer state over all processes. The weights of a
+    block are gathered, on a GPU in dtype, when it computes."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     mesh = dist.init_device_mesh(device_type, (dist.get_world_size(),))
-    gathered = getattr(torch, dtype) if device_type == 'cuda' else None  # LayerNorm on a CPU cannot mix two dtypes
-    policy = MixedPrecisionPolicy(gathered, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    # LayerNorm on a CPU cannot mix two dtypes
+    param_dtype = getattr(torch, dtype) if device_type == 'cuda' else None
+    policy = MixedPrecisionPolicy(param_dtype, torch.float32, cast_forward_inputs=False)
     for block in model.transformer.h:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     return fully_shard(model, mesh=mesh)
 
 
-def shard_like(p, value):
-    """A whole tensor that belongs to the parameter p, such as its momentum, shared out as p is."""
-    if not hasattr(p, 'full_tensor') or value.shape != p.shape:
-        return value
-    from torch.distributed.tensor import distribute_tensor
-    return distribute_tensor(value.to(p.device), p.device_mesh, p.placements)
+def full_tensor(value):
+    """The whole of a tensor that FSDP has sharded. All ranks must call this."""
+    return value.full_tensor() if hasattr(value, 'full_tensor') else value
 
 
-def compiled(model, by_block):
-    """Block by block: all are alike, so one is compiled for all, which suits the CPU and FSDP. As a whole, which takes
-    longer, the loss is joined to the head, so that no float32 copy of all logits is made."""
-    if not by_block:
-        return torch.compile(model)
-    for block in model.transformer.h:
-        block.compile()
-    return model
-
-
-def compile_problem(model, batch, autocast):
-    """Use a compiled model for the first time, which is when it is compiled: why that failed, or None."""
-    try:
-        with autocast:
-            loss = model(*batch)[1]
-        loss.backward()
-    except (UserError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # a compiler, a driver or a kernel is missing: anything can come up
-        return f"torch.compile failed ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
-    finally:
-        model.zero_grad(set_to_none=True)
-
-
-@contextlib.contextmanager
-def enough_memory(batch_size, accumulation):
-    """Running out of memory in here ends in advice."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:  # torch has an error of its own for this on CUDA alone
-        if not isinstance(error, MemoryError) and not re.search('out of memory|allocate memory', str(error)):
-            raise
-        less = next((n for n in range(batch_size // 2, 0, -1) if batch_size % n == 0), None)
-        advice = '--activation_checkpointing=True, or a smaller block_size or model'
-        if less:
-            advice = (f'--batch_size={less} --gradient_accumulation_steps={accumulation * batch_size // less}, which '
-                      f'is the same global batch, or {advice}')
-        reason = ' '.join(str(error).split())[:120]
-        raise UserError(f'batch_size={batch_size} takes more memory than there is ({reason}): use {advice}') from None
-
-
-def meeting_point(rank, timeout):
-    """The store in which processes find each other; None: torch makes one. torchrun's own outlives its restarts, and so
-    do the addresses of dead processes in it: there the first process only says at which port it has opened another."""
-    if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True':
-        return None
-    address, port = os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT'])
-    torchrun = dist.TCPStore(address, port, is_master=False, timeout=timeout)
-    store, given_up = None, time.time() + timeout.total_seconds()
-    if rank == 0:
-        store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False)
-        torchrun.set('port', str(store.port))
-    while store is None:
-        try:
-            port = int(torchrun.get('port'))
-            socket.create_connection((address, port), 5).close()  # refused in silence, where TCPStore prints a stack
-            store = dist.TCPStore(address, port, is_master=False, timeout=datetime.timedelta(seconds=5))
-        except (OSError, dist.DistError) as error:  # the port of one that is dead: the new one is yet to come
-            if time.time() > given_up:
-                minutes = timeout.total_seconds() / 60
-                raise UserError(f'process {rank} waited for the first one, at most timeout={minutes:g} minutes, in '
-                                f'vain: {error}') from None
-            time.sleep(0.1)
-    store.set_timeout(timeout)
-    return store
-
-
-def leave(code):
-    """End a process among several, when all have come here, at once: Python's own end now and then meets a thread of
-    gloo that still lets go of tensors, and aborts."""
-    dist.barrier()  # nobody leaves while rank 0 still writes
-    dist.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(code)
-
-
-def save(checkpoint, path):
-    """Write a checkpoint so that at any moment, power cuts included, path is the old one or the new one, whole. Returns
-    what went wrong, or None."""
-    try:
-        with open(path + '.tmp', 'wb') as f:
-            torch.save(checkpoint, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(path + '.tmp', path)
-    except (OSError, RuntimeError) as error:  # a RuntimeError of torch's writer stands for any error of the file's
-        free, needed = 0, sum(t.nbytes for t in tree_leaves(checkpoint) if torch.is_tensor(t))
-        with contextlib.suppress(OSError):
-            os.remove(path + '.tmp')
-        with contextlib.suppress(OSError):  # the folder itself may be gone
-            free = shutil.disk_usage(os.path.dirname(path) or '.').free
-        return (f'{path} could not be saved ({str(error).splitlines()[0][:120]}): it takes {needed / 1e6:,.1f} MB and '
-                f'{free / 1e6:,.1f} MB are free there')
-    with contextlib.suppress(OSError):  # not every system and file system can do this for a folder
-        folder = os.open(os.path.dirname(path) or '.', os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+def load_optimizer(optimizer, saved):
+    """Load the saved state, sharded as the parameters are, but keep the current settings."""
+    params = [p for group in optimizer.param_groups for p in group['params']]
+    state = {i: dict(entries) for i, entries in saved['state'].items()}
+    for i, entries in state.items():
+        for name, value in entries.items():
+            if hasattr(params[i], 'full_tensor') and value.shape == params[i].shape:
+                from torch.distributed.tensor import distribute_tensor
+                p = params[i]
+                entries[name] = distribute_tensor(value.to(p.device), p.device_mesh, p.placements)
+    optimizer.load_state_dict(optimizer.state_dict() | dict(state=state))
 
 
 def set_aside(out_dir):
-    """Move an earlier run's files from out_dir into a folder within it."""
-    files = [name for name in ('ckpt.pt', 'best.pt', 'log.jsonl') if os.path.exists(os.path.join(out_dir, name))]
-    if files and files != ['log.jsonl']:
-        number = 1
-        while os.path.exists(earlier := os.path.join(out_dir, f'earlier-{number}')):
-            number += 1
-        os.mkdir(earlier)
-        for name in files:
-            os.rename(os.path.join(out_dir, name), os.path.join(earlier, name))
-        print(f'{out_dir} holds an earlier run: moved to {earlier}')
+    """Move the files of an earlier run into a folder of their own inside out_dir."""
+    names = ('ckpt.pt', 'best.pt', 'log.jsonl')
+    existing = [name for name in names if os.path.exists(os.path.join(out_dir, name))]
+    if existing in ([], ['log.jsonl']):
+        return
+    number = 1
+    while os.path.exists(os.path.join(out_dir, f'earlier-{number}')):
+        number += 1
+    folder = os.path.join(out_dir, f'earlier-{number}')
+    os.mkdir(folder)
+    for name in existing:
+        os.rename(os.path.join(out_dir, name), os.path.join(folder, name))
+    print(f'moved the earlier run in {out_dir} to {folder}')
 
 
-def cut_log(path, iter_num):
-    """Drop what the log says of steps from iter_num on, which will be taken again, and half lines that kills left."""
+def truncate_log(path, iter_num):
+    """Drop the log entries of steps that will be repeated, and lines that a kill cut short."""
     if os.path.exists(path):
         with open(path, encoding='utf-8', errors='replace') as f:
             entries = [re.fullmatch(r'{"iter": (\d+), [^{]*}\n', line) for line in f]
@@ -316,355 +196,435 @@ def cut_log(path, iter_num):
         os.replace(path + '.tmp', path)
 
 
+def exit_together(code):
+    """End one of several processes, once all are here. os._exit, because a thread of gloo can
+    abort a Python that is shutting down."""
+    dist.barrier()
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(code)
+
+
 if __name__ == '__main__':
     config = configure(globals())
-    check(config, 'batch_size > 0', 'gradient_accumulation_steps > 0', 'eval_interval > 0', 'eval_iters > 0',
-          'log_interval > 0', 'sample_interval >= 0', 'save_interval >= 0', 'max_iters >= 0', 'learning_rate >= 0',
-          'min_lr >= 0', 'weight_decay >= 0', 'grad_clip >= 0', 'beta1 >= 0', 'beta1 < 1', 'beta2 >= 0', 'beta2 < 1',
-          'seed >= 0', 'seed < 2**63', 'max_skipped > 0', 'timeout > 0', "lr_schedule in ('cosine', 'linear')",
-          "optimizer in ('adamw', 'muon')", "parallel in ('ddp', 'fsdp')")
+    check(config, 'eval_interval > 0', 'eval_iters > 0', 'log_interval > 0', 'sample_interval >= 0',
+          'save_interval >= 0', 'batch_size > 0', 'gradient_accumulation_steps > 0',
+          "optimizer in ('adamw', 'muon')", 'learning_rate >= 0', 'max_iters >= 0',
+          'weight_decay >= 0', 'beta1 >= 0', 'beta1 < 1', 'beta2 >= 0', 'beta2 < 1',
+          'grad_clip >= 0', 'max_skipped > 0', "lr_schedule in ('cosine', 'linear')",
+          'min_lr >= 0', 'seed >= 0', 'seed < 2**63', "compile in (True, False, 'auto')",
+          "parallel in ('ddp', 'fsdp')", 'timeout > 0')
     keep_memory()
-    device, dtype, compile = resolve(device, dtype, compile, width=n_embd)
-    device_type = device.partition(':')[0]
-    autocast = autocast_for(device, dtype)
 
-    # one process, or one of many that torchrun started
-    ddp, rank, world = 'RANK' in os.environ, int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-    if ddp:
-        if device not in ('cpu', f"cuda:{os.environ['LOCAL_RANK']}"):
-            raise UserError(f'device={config["device"]!r} under torchrun: leave it out, or say cpu or cuda')
-        patience = datetime.timedelta(minutes=timeout)
-        dist.init_process_group(f'cpu:gloo,cuda:{backend}' if device_type == 'cuda' else 'gloo', timeout=patience,
-                                store=meeting_point(rank, patience), rank=rank, world_size=world)
+    # -- distributed: one process, or one of many that torchrun started -----------
+
+    ddp = 'RANK' in os.environ
+    rank = int(os.environ.get('RANK', 0))
+    world_size = int(os.environ.get('WORLD_SIZE', 1))
+    fsdp = ddp and parallel == 'fsdp'
+    device = resolve_device(device)
+    device_type = device.partition(':')[0]
     terminal = sys.stdout.isatty()
 
-    def say(line, passing=False):
-        """Print a line, of one process. In a terminal a passing one gives way to the next."""
-        if rank == 0 and passing and terminal:
-            print(line[:shutil.get_terminal_size().columns - 1], end='\x1b[K\r', flush=True)
+    def print0(line, transient=False):
+        """Print on rank 0. In a terminal the next line overwrites a transient one."""
+        if rank == 0 and transient and terminal:
+            width = shutil.get_terminal_size().columns
+            print(line[:width - 1], end='\x1b[K\r', flush=True)
         elif rank == 0:
             print(line, end='\x1b[K\n' if terminal else '\n', flush=True)
 
-    if dtype == 'float16' and (optimizer == 'muon' or parallel == 'fsdp'):
-        raise UserError("dtype='float16' is for cards without bfloat16, which optimizer='muon' and parallel='fsdp' "
-                        'need: use another dtype, or --optimizer=adamw --parallel=ddp')
-    if device_type == 'mps' and activation_checkpointing and dropout:
-        raise UserError('activation_checkpointing=True: on mps torch would drop other activations the second time: use '
-                        'dropout=0')
-    if gradient_accumulation_steps % world:
-        raise UserError(f'gradient_accumulation_steps={gradient_accumulation_steps} must be a multiple of the {world} '
-                        f'processes: use {math.ceil(gradient_accumulation_steps / world) * world}')
-    micro_steps = gradient_accumulation_steps // world
-    tokens_per_step = gradient_accumulation_steps * batch_size * block_size
+    if ddp:
+        if device not in ('cpu', f"cuda:{os.environ['LOCAL_RANK']}"):
+            raise UserError(f"device={config['device']!r} under torchrun must be 'cpu' or 'cuda'")
+        restarts = int(os.environ.get('TORCHELASTIC_MAX_RESTARTS', 0))
+        if restarts and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
+            print0('warning: restarts may hang: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun')
+        dist.init_process_group(f'cpu:gloo,cuda:{backend}' if device_type == 'cuda' else 'gloo',
+                                timeout=datetime.timedelta(minutes=timeout))
+    if gradient_accumulation_steps % world_size:
+        multiple = math.ceil(gradient_accumulation_steps / world_size) * world_size
+        raise UserError(f'gradient_accumulation_steps={gradient_accumulation_steps} is not a '
+                        f'multiple of the {world_size} processes: use {multiple}')
+    micro_steps = gradient_accumulation_steps // world_size
 
-    # data
-    if rank > 0:
-        try:
-            dist.all_reduce(torch.zeros(1))
-        except RuntimeError as error:
-            raise UserError(f'process {rank} waited for the first one to find dataset={dataset} and '
-                            f'init_from={init_from}, at most timeout={timeout:g} minutes, in vain: '
-                            f'{str(error).splitlines()[0]}') from None
-    embedded = DATASETS.get(dataset, {}).get('source') == SHAKESPEARE
-    if rank == 0 and embedded and not os.path.exists(os.path.join(DATA, dataset, 'train.bin')):
-        prepare(dataset)
-    meta, bins = load_dataset(dataset, scan=rank == 0)
-    if rank == 0 and init_from in PRETRAINED:
-        find_pretrained(init_from)
-    if ddp and rank == 0:
-        dist.all_reduce(torch.zeros(1))
+    # -- data ---------------------------------------------------------------------
+
+    ckpt_path = os.path.join(out_dir, 'ckpt.pt')
+    if rank == 0:  # prepares and downloads while the others wait, and decides for all
+        embedded = DATASETS.get(dataset, {}).get('source') == SHAKESPEARE
+        if embedded and not os.path.exists(os.path.join(DATA, dataset, 'train.bin')):
+            prepare(dataset)
+        if init_from in PRETRAINED:
+            find_pretrained(init_from)
+        if init_from == 'auto':
+            init_from = 'resume' if os.path.exists(ckpt_path) else 'scratch'
+    if ddp:
+        message = [init_from]
+        dist.broadcast_object_list(message)
+        init_from = message[0]
+    meta, bins = load_dataset(dataset)
+
+    def get_batch(step):
+        """This rank's micro-batches of a step, a pure function of (seed, step): its slice of the
+        global batch, which is the same for any number of processes."""
+        first = (step * gradient_accumulation_steps + rank * micro_steps) * batch_size
+        starts = window_starts(meta['train_tokens'], block_size, seed, first,
+                               micro_steps * batch_size)
+        return [load_windows(bins['train'], meta['dtype'], micro_batch, block_size, device)
+                for micro_batch in starts.reshape(micro_steps, batch_size)]
+
+    # -- model --------------------------------------------------------------------
+
+    torch.manual_seed(seed)
+    resume = init_from == 'resume'
+    checkpoint = {}
+    if init_from == 'scratch':
+        padded = math.ceil(meta['vocab_size'] / 64) * 64  # matrix units prefer multiples of 64
+        raw_model = GPT(config_from_settings(config, vocab_size=padded))
+    else:
+        path = ckpt_path if resume else init_from
+        checkpoint = load_checkpoint(path, data=os.path.join(DATA, dataset))
+        if checkpoint['tokenizer'] != meta['tokenizer']:
+            raise UserError(
+                f"{path} and dataset={dataset} have different tokenizers "
+                f"({checkpoint['tokenizer']['type']}, {meta['tokenizer']['type']}): prepare the "
+                'dataset with the tokenizer of the model')
+        raw_model = GPT.from_checkpoint(checkpoint, dropout=dropout)
+        if not resume and block_size < raw_model.config.block_size:
+            raw_model.crop_block_size(block_size)
+        # the checkpoint decides the model's shape
+        decided = {name: value for name, value in vars(raw_model.config).items()
+                   if config.get(name, value) != value}
+        if decided:
+            print0(f'{path} sets ' + ', '.join(f'{k}={v}' for k, v in decided.items()))
+        config.update(decided)
+        block_size = raw_model.config.block_size
+    raw_model.recompute_activations = activation_checkpointing
     for split, path in bins.items():
         if meta[f'{split}_tokens'] <= block_size:
-            raise UserError(f"{path} holds {meta[f'{split}_tokens']:,} tokens, too few for a window of block_size="
-                            f'{block_size} and the token after it: take a longer text or a smaller block_size')
+            raise UserError(f"{path} has {meta[f'{split}_tokens']:,} tokens, too few for a "
+                            f'block_size of {block_size}: use a longer text or a smaller block_size')
 
-    def batches(step):
-        """This process's micro-batches of a step: its slice of the global batch, which is the same for any world."""
-        first = (step * gradient_accumulation_steps + rank * micro_steps) * batch_size
-        starts = train_starts(meta['train_tokens'], block_size, seed, first, micro_steps * batch_size)
-        return [get_windows(bins['train'], meta['dtype'], part, block_size, device)
-                for part in starts.reshape(micro_steps, batch_size)]
+    dtype = resolve_dtype(dtype, device, width=raw_model.config.n_embd)
+    if dtype == 'float16' and (optimizer == 'muon' or fsdp):
+        raise UserError("dtype='float16' works only with optimizer='adamw' and parallel='ddp'")
+    if device_type == 'mps' and activation_checkpointing and dropout:
+        raise UserError('activation_checkpointing on mps would recompute with other dropout: '
+                        'use dropout=0')
+    autocast = torch.autocast(device_type, getattr(torch, dtype), enabled=dtype != 'float32')
+    tokens_per_step = gradient_accumulation_steps * batch_size * block_size
+    flops_per_step = raw_model.flops_per_token() * tokens_per_step
+
+    if compile == 'auto':
+        long_run = flops_per_step * max_iters / world_size > 1e14  # about ten minutes
+        compile = device_type == 'cuda' or device_type == 'cpu' and long_run
+        if compile:
+            torch._dynamo.config.suppress_errors = True  # where it fails, go on without it
+    # raw_model owns the weights and is saved; eval_model may be compiled; model is trained
+    eval_model = raw_model
+    if compile:
+        print0('compiling the model (compile=False skips this)')
+        if device_type == 'cpu' or fsdp:
+            raw_model.compile_blocks()
+        else:
+            eval_model = torch.compile(raw_model)
+    if fsdp:
+        eval_model = shard(eval_model, device_type, dtype)
+    else:
+        eval_model.to(device)
+    model = eval_model
+    if ddp and not fsdp:
+        model = DDP(eval_model, [device] if device_type == 'cuda' else None,
+                    gradient_as_bucket_view=True)
+
+    # -- optimizer ----------------------------------------------------------------
+
+    optimizers = raw_model.configure_optimizers(optimizer, weight_decay, learning_rate,
+                                                (beta1, beta2))
+    scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
+    iter_num = 0
+    best_val_loss = math.inf
+    elapsed = 0.0  # seconds of training before this process started
+    wandb_id = None
+    if resume:
+        saved = checkpoint['optimizer']
+        if saved.keys() != optimizers.keys():
+            name = list(saved)[-1]
+            raise UserError(f'optimizer={optimizer!r}, but {ckpt_path} was trained with {name}: '
+                            f'use --optimizer={name}, or --init_from={ckpt_path} to start anew')
+        for name in optimizers:
+            load_optimizer(optimizers[name], saved[name])
+        if checkpoint['scaler']:
+            scaler.load_state_dict(checkpoint['scaler'])
+        iter_num = checkpoint['iter_num']
+        best_val_loss = checkpoint['best_val_loss']
+        elapsed = checkpoint.get('elapsed', 0.0)
+        wandb_id = checkpoint.get('wandb_id')
+        changed = [f'{name} {value} -> {config[name]}'
+                   for name, value in checkpoint['config'].items()
+                   if name != 'init_from' and config.get(name, value) != value]
+        print0(f'resuming {ckpt_path} at step {iter_num}'
+               + ('; changed: ' + ', '.join(changed) if changed else ''))
+        if iter_num >= max_iters and not eval_only:
+            print0(f'all max_iters={max_iters} steps are done: raise max_iters and lr_decay_iters')
+    checkpoint = None  # free its memory
+    print0(f'{raw_model.num_params():,} parameters on {device} in {dtype}, '
+           f'{world_size} process{"es" if world_size > 1 else ""}, {tokens_per_step:,} tokens a '
+           f'step, {meta["train_tokens"] / tokens_per_step:,.1f} steps an epoch')
+
+    # -- evaluation and logging ---------------------------------------------------
 
     @torch.no_grad()
-    def eval_loss(split):
-        """Mean loss over windows spread evenly over the split, the same every time; each process takes its share."""
-        n = meta[f'{split}_tokens']
-        count = max(1, min(eval_iters, (n - 1) // block_size // batch_size))
-        starts = np.linspace(0, n - block_size - 1, count * batch_size).astype(np.int64).reshape(count, batch_size)
-        fast.eval()
-        with autocast, enough_memory(batch_size, gradient_accumulation_steps):
-            losses = [fast(*get_windows(bins[split], meta['dtype'], starts[i % count], block_size, device))[1]
-                      for i in range(rank, math.ceil(count / world) * world, world)]  # as many for each: FSDP waits
-        fast.train()
-        total = torch.stack(losses).cpu().double()[:len(range(rank, count, world))].sum()
+    def estimate_loss(split):
+        """Mean loss over windows spread evenly over the split, the same each time. Every rank
+        evaluates its share."""
+        n_tokens = meta[f'{split}_tokens']
+        count = max(1, min(eval_iters, (n_tokens - 1) // block_size // batch_size))
+        starts = np.linspace(0, n_tokens - block_size - 1, count * batch_size).astype(np.int64)
+        starts = starts.reshape(count, batch_size)
+        losses = []
+        eval_model.eval()
+        for i in range(rank, math.ceil(count / world_size) * world_size, world_size):
+            # past the end too, since FSDP needs all ranks in every forward pass
+            x, y = load_windows(bins[split], meta['dtype'], starts[i % count], block_size, device)
+            with autocast:
+                _, loss = eval_model(x, y)
+            losses.append(loss)
+        eval_model.train()
+        mine = len(range(rank, count, world_size))
+        total = torch.stack(losses).cpu().double()[:mine].sum()
         if ddp:
             dist.all_reduce(total)
         return total.item() / count
 
-    def show_sample():
-        """What the model writes by now, from the end of a text or a newline on."""
-        if rank > 0:
-            return
+    def print_sample():
+        """Let the model write from the end of a text, or from a newline, on."""
         tok = get_tokenizer(meta['tokenizer'])
         start = torch.tensor([[tok.eot or 0]], device=device)
         raw_model.eval()
-        with torch.compiler.set_stance('force_eager'):  # nothing is compiled for so little
-            ids = [token.item() for token in raw_model.generate(start, 200, 0.8, 200, None, tok.n_vocab)]
-        say('| ' + tok.decode_bytes(ids).decode('utf-8', 'replace').replace('\n', '\n| '))
+        with torch.compiler.set_stance('force_eager'):
+            tokens = raw_model.generate(start, 200, temperature=0.8, top_k=200,
+                                        vocab_size=tok.n_vocab)
+            text = tok.decode_bytes([token.item() for token in tokens])
         raw_model.train()
+        print0('| ' + text.decode('utf-8', 'replace').replace('\n', '\n| '))
 
-    # model
-    torch.manual_seed(seed)
-    iter_num, best_val_loss, checkpoint = 0, math.inf, {}
-    newest, torchrun_id = os.path.join(out_dir, 'ckpt.pt'), os.environ.get('TORCHELASTIC_RUN_ID', '')
-    if torchrun_id == 'none':  # its own name for a run on one machine, whose agent started this process
-        torchrun_id = f'none-{os.getppid()}'
-    if ddp:  # has torchrun started us again? One process decides: on several machines each has a count of its own
-        count, machines = (int(os.environ.get(k, 0)) for k in ('TORCHELASTIC_RESTART_COUNT', 'GROUP_WORLD_SIZE'))
-        if rank == 0 and torchrun_id and (count > 0 or machines > 1) and os.path.exists(newest):
-            with contextlib.suppress(UserError):  # something else, that cannot be read, is not our checkpoint
-                if load_checkpoint(newest).get('torchrun_id') == torchrun_id:
-                    init_from = 'resume'
-        choice = [init_from]
-        dist.broadcast_object_list(choice)
-        init_from = choice[0]
-    shape = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size, bias=bias, rope=rope,
-                 qk_norm=qk_norm, relu2=relu2)
-    if init_from == 'scratch':
-        padded = math.ceil(meta['vocab_size'] / 64) * 64  # a multiple of 64 is what matrix units like
-        raw_model = GPT(GPTConfig(**shape, vocab_size=padded, dropout=dropout))
-    else:
-        path = newest if init_from == 'resume' else init_from
-        if init_from == 'resume' and not os.path.exists(path):
-            raise UserError(f'there is no {path} to resume: check out_dir, or leave init_from=resume out')
-        checkpoint = load_checkpoint(path, *(('optimizer', 'scaler') if init_from == 'resume' else ()),
-                                     data=os.path.join(DATA, dataset))
-        there = checkpoint['model_args']
-        if checkpoint['tokenizer'] != meta['tokenizer']:
-            raise UserError(f"{path} has another tokenizer ({checkpoint['tokenizer']['type']}, {there['vocab_size']} "
-                            f"ids) than dataset={dataset} ({meta['tokenizer']['type']}, {meta['vocab_size']} ids): "
-                            'use the dataset that it was trained on, prepared as it was then')
-        if block_size > there['block_size'] or init_from == 'resume' and block_size < there['block_size']:
-            raise UserError(f"block_size={block_size}, but {path} has {there['block_size']} positions: use "
-                            f"--block_size={there['block_size']}, or fewer with --init_from={path}")
-        kept = {k: there[k] for k in shape if k in there and k != 'block_size' and there[k] != shape[k]}
-        config.update(kept)  # the weights decide
-        if kept:
-            say(f'{path} decides: ' + ', '.join(f'{k}={v}' for k, v in kept.items()))
-        raw_model = GPT.from_checkpoint(checkpoint, dropout=dropout)
-        raw_model.crop_block_size(block_size)
-    raw_model.recompute = activation_checkpointing
-
-    # raw_model owns the weights and is saved, fast is perhaps compiled and is evaluated, model is trained
-    flops_per_step = raw_model.flops_per_token() * tokens_per_step
-    if config['compile'] == 'auto' and device_type == 'cpu':  # it takes 20 s and saves a seventh of 10 minutes or more
-        compile = flops_per_step * max_iters / world > 1e14
-    fsdp = ddp and parallel == 'fsdp'
     if fsdp and sample_interval:
-        raise UserError("sample_interval: with parallel='fsdp' no process has a whole model to write with: use 0")
-    fast = compiled(raw_model, device_type == 'cpu' or fsdp) if compile else raw_model
-    fast = shard(fast, device_type, dtype) if fsdp else fast.to(device)
-
-    def wrap(fast):
-        device_ids = [device] if device_type == 'cuda' else None
-        return DDP(fast, device_ids, gradient_as_bucket_view=True) if ddp and not fsdp else fast
-
-    model = wrap(fast)
-    if compile:
-        say('compiling the model (compile=False goes without)')
-        with enough_memory(batch_size, gradient_accumulation_steps):
-            problem = compile_problem(model, batches(iter_num)[0], autocast)
-        if problem and (config['compile'] is True or fsdp):  # FSDP was left in the middle of a step
-            raise UserError(f'{problem}: mend that, or --compile=False')
-        if problem:
-            say(f'{problem}: going on without it')
-            torch.compiler.set_stance('force_eager')
-            model = wrap(fast)  # a reducer that was left in the middle of a step is of no use
-
-    optimizers = raw_model.configure_optimizers(optimizer, weight_decay, learning_rate, (beta1, beta2))
-    scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
-    if init_from == 'resume':
-        iter_num, best_val_loss = checkpoint['iter_num'], checkpoint['best_val_loss']
-        # the moments of that run, with the settings that this one was given
-        if checkpoint['optimizer'].keys() != optimizers.keys():
-            theirs = list(checkpoint['optimizer'])[-1]
-            raise UserError(f'optimizer={optimizer!r}, but {path} was trained with {theirs}: use --optimizer={theirs}, '
-                            f'or start anew from its weights with --init_from={path}')
-        for name, opt in optimizers.items():
-            owners = [p for group in opt.param_groups for p in group['params']]
-            state = {i: {key: shard_like(owners[i], value) for key, value in of_one.items()}
-                     for i, of_one in checkpoint['optimizer'][name]['state'].items()}
-            opt.load_state_dict(opt.state_dict() | dict(state=state))
-        if checkpoint['scaler']:
-            scaler.load_state_dict(checkpoint['scaler'])
-        changed = [f'{k} {v} -> {config[k]}' for k, v in checkpoint['config'].items()
-                   if k in config and config[k] != v and k != 'init_from']
-        say(f'resuming {path} at step {iter_num}' + (f"; settings changed: {', '.join(changed)}" if changed else ''))
-        if iter_num >= max_iters and not eval_only:
-            say(f'max_iters={max_iters} are done already: to go on, raise max_iters and lr_decay_iters')
-    wandb_id = checkpoint.get('wandb_id') if init_from == 'resume' else None
-    checkpoint = None  # free its memory
-    peak = peak_flops(device, dtype)
-    say(f'{raw_model.num_params():,} parameters on {device} in {dtype}, {world} process{"es" * (world > 1)}, '
-        f'{tokens_per_step:,} tokens a step, {meta["train_tokens"] / tokens_per_step:,.1f} steps an epoch')
-
-    # output
+        raise UserError("sample_interval needs a whole model: with parallel='fsdp' use 0")
     if rank == 0 and not eval_only:
         if wandb_log:
             wandb = optional('wandb', 'wandb_log=True')
-            wandb_id = wandb.init(project=wandb_project, name=wandb_run_name, config=config, id=wandb_id,
-                                  resume='allow').id
+            wandb_id = wandb.init(project=wandb_project, name=wandb_run_name, config=config,
+                                  id=wandb_id, resume='allow').id
         if tensorboard_log:
-            optional('tensorboard', 'tensorboard_log=True')  # torch's writer needs it
-            tensorboard = optional('torch.utils.tensorboard', 'tensorboard_log=True').SummaryWriter(
-                out_dir, purge_step=iter_num)
+            optional('tensorboard', 'tensorboard_log=True')  # which torch's writer needs
+            from torch.utils.tensorboard import SummaryWriter
+            tensorboard = SummaryWriter(out_dir, purge_step=iter_num)
         log_path = os.path.join(out_dir, 'log.jsonl')
-        try:
-            os.makedirs(out_dir, exist_ok=True)
-            if init_from != 'resume':
-                set_aside(out_dir)
-            cut_log(log_path, iter_num)
-            log_file = open(log_path, 'ab', buffering=0)
-        except OSError as error:
-            raise UserError(f'out_dir={out_dir!r} cannot be written to ({error}): choose another') from None
+        os.makedirs(out_dir, exist_ok=True)
+        if not resume:
+            set_aside(out_dir)
+        truncate_log(log_path, iter_num)
+        log_file = open(log_path, 'ab', buffering=0)
+
+    def seconds_trained():
+        return elapsed + time.time() - start_time
 
     def log(**values):
-        if rank == 0 and not eval_only:
-            try:
-                log_file.write((json.dumps(dict(iter=iter_num, **values)) + '\n').encode())
-            except OSError as error:  # the disk is full, say: no reason to stop
-                say(f'warning: {log_path}: {error}')
-            if wandb_log:
-                wandb.log(values, step=iter_num)
-            if tensorboard_log:
-                for key, value in values.items():
-                    tensorboard.add_scalar(key, value, iter_num)
+        if rank > 0 or eval_only:
+            return
+        entry = dict(iter=iter_num, **values, seconds=round(seconds_trained(), 3))
+        try:
+            log_file.write((json.dumps(entry) + '\n').encode())
+        except OSError as error:  # a full disk is no reason to stop
+            print0(f'warning: {log_path}: {error}')
+        if wandb_log:
+            wandb.log(values, step=iter_num)
+        if tensorboard_log:
+            for name, value in values.items():
+                tensorboard.add_scalar(name, value, iter_num)
 
-    def gather(value):
-        value = whole(value)
-        if rank == 0:
-            return value.cpu() if torch.is_tensor(value) else value
+    advice = (f'resume from the last checkpoint with a learning_rate below {learning_rate}'
+              + (', or with grad_clip=1' if grad_clip == 0 else ''))
 
-    def save_as(name, best_val_loss, **state):
-        """Returns what went wrong, or '', in every process."""
-        problem, state = [''], state | dict(model=raw_model.state_dict())
+    def save(name, **state):
+        """Write a checkpoint to out_dir. A failed save does not stop the run: returns the reason,
+        on every rank, or '' after success."""
+        state['model'] = raw_model.state_dict()
         if fsdp:
-            state = tree_map(gather, state)
-            state['model']['lm_head.weight'] = state['model']['transformer.wte.weight']  # one tensor again, saved once
+            state = tree_map(full_tensor, state)
+            state['model']['lm_head.weight'] = state['model']['transformer.wte.weight']  # tied
+        problem = ''
         if rank == 0:
-            if not math.isfinite(sum(w.abs().max().item() for w in state['model'].values())):
-                raise UserError(f'a weight is not finite at step {iter_num}: nothing was saved. {advice}')
-            problem = [save(state | dict(model_args=vars(raw_model.config), iter_num=iter_num, config=config,
-                                         best_val_loss=best_val_loss, tokenizer=meta['tokenizer'], wandb_id=wandb_id,
-                                         torchrun_id=torchrun_id), os.path.join(out_dir, name))]
+            if not all(w.isfinite().all() for w in state['model'].values()):
+                raise UserError(f'a weight is not finite at step {iter_num}, nothing saved: {advice}')
+            state.update(model_args=vars(raw_model.config), config=config, iter_num=iter_num,
+                         tokenizer=meta['tokenizer'], elapsed=seconds_trained(), wandb_id=wandb_id)
+            try:
+                save_checkpoint(state, os.path.join(out_dir, name))
+            except OSError as error:
+                problem = str(error)
         if ddp:
-            dist.broadcast_object_list(problem)
-        if problem[0]:
-            say(f'warning: {problem[0]}: make room; going on, to try again at the next save')
-        return problem[0]
+            message = [problem]
+            dist.broadcast_object_list(message)
+            problem = message[0]
+        if problem:
+            print0(f'warning: {problem}; training goes on and saves again later')
+        return problem
 
     def save_all():
-        return save_as('ckpt.pt', best_val_loss, scaler=scaler.state_dict(),
-                       optimizer={name: opt.state_dict() for name, opt in optimizers.items()})
+        states = {name: opt.state_dict() for name, opt in optimizers.items()}
+        return save('ckpt.pt', best_val_loss=best_val_loss, optimizer=states,
+                    scaler=scaler.state_dict())
 
-    advice = (f'Go on from the last checkpoint with --init_from=resume and a learning_rate below {learning_rate}, or '
-              'grad_clip=1 if it is 0')
-    signals = []  # SIGINT or SIGTERM, waiting for the end of a step
+    signals = []
 
     def on_signal(number, frame):
+        """Ask the loop to save and stop. A second Ctrl-C ends the process at once."""
         signals.append(number)
-        if number == signal.SIGINT:  # a second Ctrl-C ends the process at once; SIGTERM comes twice from some clusters
+        if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
 
-    for number in (signal.SIGINT, signal.SIGTERM) if not eval_only else ():
-        signal.signal(number, on_signal)
+    if not eval_only:
+        signal.signal(signal.SIGINT, on_signal)
+        signal.signal(signal.SIGTERM, on_signal)
 
-    # training
+    # -- training loop ------------------------------------------------------------
+
     model.train()
-    stop = 0
-    gc.freeze()  # no looking through all that is there, again and again, for garbage
-    ready = batches(iter_num)
-    since, logged_iter, saved_at, skipped, unsaved = time.time(), iter_num, time.time(), 0, ''
+    gc.freeze()  # keep the garbage collector from rescanning long-lived objects
+    peak = peak_flops(device, dtype)
+    start_time = time.time()
+    saved_time = start_time
+    logged_time, logged_iter = start_time, iter_num
+    skipped = 0      # consecutive steps
+    stop = 0         # the signal that stops the run
+    unsaved = ''     # why the last save failed
+    next_batch = get_batch(iter_num)
     while True:
+        # evaluate and save, every eval_interval steps and at the end
         if iter_num % eval_interval == 0 or iter_num >= max_iters or eval_only:
-            losses = {split: eval_loss(split) for split in ('train', 'val')}
-            say(f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
-            log(train_loss=losses['train'], val_loss=losses['val'])
+            train_loss = estimate_loss('train')
+            val_loss = estimate_loss('val')
+            print0(f'step {iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}')
+            log(train_loss=train_loss, val_loss=val_loss, tokens=iter_num * tokens_per_step)
             if eval_only:
                 break
-            if not math.isfinite(losses['val']):
-                raise UserError(f"the val loss is {losses['val']} at step {iter_num}: nothing was saved. {advice}")
-            if sample_interval and iter_num % sample_interval == 0:
-                show_sample()
-            better = losses['val'] < best_val_loss
-            if better and not save_as('best.pt', losses['val']):
-                best_val_loss = losses['val']
-            if better or always_save_checkpoint or iter_num >= max_iters:
-                unsaved = save_all()  # at step 0 too: a disk that is too small shows before anything is lost
-            since, logged_iter, saved_at = time.time(), iter_num, time.time()
+            if not math.isfinite(val_loss):
+                raise UserError(f'val loss is {val_loss} at step {iter_num}, nothing saved: {advice}')
+            if sample_interval and iter_num % sample_interval == 0 and rank == 0:
+                print_sample()
+            improved = val_loss < best_val_loss
+            if improved and not save('best.pt', best_val_loss=val_loss):
+                best_val_loss = val_loss
+            if improved or always_save_checkpoint or iter_num >= max_iters:
+                unsaved = save_all()  # also at step 0, to notice a full disk early
+                saved_time = time.time()
+            logged_time, logged_iter = time.time(), iter_num
         if iter_num >= max_iters:
             break
 
+        # learning rate and dropout depend on the step alone, so that a resumed run repeats them
         lr = learning_rate
         if decay_lr:
-            lr = get_lr(iter_num, learning_rate, warmup_iters, lr_hold_iters, lr_decay_iters, min_lr, lr_schedule)
+            lr = get_lr(iter_num, learning_rate, warmup_iters, lr_hold_iters, lr_decay_iters,
+                        min_lr, lr_schedule)
         for opt in optimizers.values():
             for group in opt.param_groups:
                 group['lr'] = lr
-        if dropout:  # what is dropped in a step depends on the step alone, so a resumed run goes on as if never stopped
-            torch.manual_seed(int(np.random.SeedSequence((seed, iter_num, rank)).generate_state(1)[0]))
-        with enough_memory(batch_size, gradient_accumulation_steps):
-            loss, norm = backward(model, optimizers, scaler, ready, grad_clip, autocast)
-            ready = batches(iter_num + 1)  # while a GPU is still busy with this step
-            norm = update(model, optimizers, scaler, norm)
+        if dropout:
+            step_seed = np.random.SeedSequence((seed, iter_num, rank)).generate_state(1)[0]
+            torch.manual_seed(int(step_seed))
 
-        skipped = 0 if math.isfinite(norm) else skipped + 1
-        if skipped:
-            say(f'iter {iter_num}: skipped, for the norm of its gradient is {norm}, {skipped} in a row')
+        # forward and backward, micro-batch by micro-batch
+        step_loss = 0
+        for micro_step, (x, y) in enumerate(next_batch):
+            last = micro_step == micro_steps - 1  # only then do the ranks exchange gradients
+            if fsdp:
+                model.set_requires_gradient_sync(last)
+            elif ddp:
+                model.require_backward_grad_sync = last
+            with autocast:
+                _, loss = model(x, y)
+                loss = loss / micro_steps
+            scaler.scale(loss).backward()
+            step_loss += loss.detach()
+
+        # clip the gradient; its norm is over all parameters and ranks
+        for opt in optimizers.values():
+            scaler.unscale_(opt)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+        next_batch = get_batch(iter_num + 1)  # prefetch while the GPU computes
+        norm = full_tensor(norm).item()  # waits for the GPU
+
+        # take the step, unless the gradient overflowed
+        if math.isfinite(norm):
+            skipped = 0
+            for opt in optimizers.values():
+                scaler.step(opt)
+        else:
+            skipped += 1
+            print0(f'iter {iter_num}: skipped: gradient norm is {norm}, {skipped} in a row')
             log(skipped=skipped)
             if skipped >= max_skipped:
-                raise UserError(f'{skipped} steps in a row had no finite gradient (max_skipped={max_skipped}), the '
-                                f'last checkpoint is as it was. {advice}')
-        elif iter_num % log_interval == 0:
-            loss = loss.cpu() / world  # waits for the device; the mean over all processes' micro-batches
+                raise UserError(f'{skipped} consecutive gradients were not finite: {advice}')
+        scaler.update()
+        model.zero_grad(set_to_none=True)
+
+        # log the mean loss over all ranks
+        if iter_num % log_interval == 0 and not skipped:
+            step_loss = step_loss.cpu() / world_size
             if ddp:
-                dist.all_reduce(loss)
-            loss, now = loss.item(), time.time()
-            seconds = (now - since) / (iter_num + 1 - logged_iter)
-            since, logged_iter = now, iter_num + 1
-            rate = tokens_per_step / seconds
-            mfu = f', mfu {flops_per_step / seconds / (peak * world):.2%}' if peak else ''
-            eta = datetime.timedelta(seconds=min(10**9, round(seconds * (max_iters - iter_num - 1))))
-            say(f'iter {iter_num}: loss {loss:.4f}, time {seconds * 1000:.2f}ms{mfu}, lr {lr:.2e}, norm {norm:.2f}, '
-                f'{rate:,.0f} tok/s, eta {eta}', passing=True)
-            log(loss=loss, lr=lr, grad_norm=norm, time_ms=seconds * 1000, tokens_per_second=rate)
+                dist.all_reduce(step_loss)
+            now = time.time()
+            seconds = (now - logged_time) / (iter_num + 1 - logged_iter)
+            logged_time, logged_iter = now, iter_num + 1
+            tokens_per_second = tokens_per_step / seconds
+            eta = datetime.timedelta(seconds=round(seconds * (max_iters - iter_num - 1)))
+            mfu = f', mfu {flops_per_step / seconds / (peak * world_size):.1%}' if peak else ''
+            print0(f'iter {iter_num}: loss {step_loss:.4f}, eta {eta}, {seconds * 1000:.1f}ms, '
+                   f'{tokens_per_second:,.0f} tok/s{mfu}, lr {lr:.1e}, norm {norm:.2f}',
+                   transient=True)
+            log(loss=step_loss.item(), lr=lr, grad_norm=norm, time_ms=seconds * 1000,
+                tokens_per_second=tokens_per_second, tokens=(iter_num + 1) * tokens_per_step)
         iter_num += 1
 
-        due = 0 < save_interval * 60 < time.time() - saved_at
-        flags = torch.tensor([signals[0] if signals else 0, int(due)])
-        if ddp:  # one was told to stop: all stop, at the same step
+        # save when it is time, stop when a signal asks for it: all ranks at the same step
+        save_due = 0 < save_interval * 60 < time.time() - saved_time
+        flags = torch.tensor([signals[0] if signals else 0, int(save_due)])
+        if ddp:
             dist.all_reduce(flags, dist.ReduceOp.MAX)
-        stop, due = flags.tolist()
-        if stop or due:
-            unsaved, saved_at = save_all(), time.time()
+        stop, save_due = flags.tolist()
+        if stop or save_due:
+            unsaved = save_all()
+            saved_time = time.time()
         if stop:
-            command = shlex.join([a for a in sys.argv if not a.startswith('--init_from=')] + ['--init_from=resume'])
-            say(f'stopped by {signal.Signals(stop).name} at step {iter_num}'
-                + ('' if unsaved else f", saved {newest}. Go on with\n{'torchrun ...' if ddp else 'python'} {command}"))
             break
 
-    if iter_num >= max_iters and best_val_loss < math.inf and not eval_only:
-        say(f'best val loss {best_val_loss:.4f}, its weights in {out_dir}/best.pt. See what it writes with\n'
-            f'python {shlex.join([sys.argv[0].replace("train.py", "sample.py"), f"--out_dir={out_dir}"])}')
+    # -- the end ------------------------------------------------------------------
+
+    if stop:
+        print0(f'stopped by {signal.Signals(stop).name} at step {iter_num}')
+        if not unsaved:
+            args = [arg for arg in sys.argv if not arg.startswith('--init_from=')]
+            launcher = 'torchrun ...' if ddp else 'python'
+            print0(f'saved {ckpt_path}. Resume with\n'
+                   f'{launcher} {shlex.join(args)} --init_from=resume')
+    elif not eval_only and best_val_loss < math.inf:
+        sample = sys.argv[0].replace('train.py', 'sample.py')
+        print0(f'best val loss {best_val_loss:.4f}, weights in {out_dir}/best.pt. Sample with\n'
+               f'python {shlex.join([sample, f"--out_dir={out_dir}"])}')
     if rank == 0 and not eval_only:
         log_file.close()
         if tensorboard_log:
             tensorboard.close()
         if wandb_log:
             wandb.finish()
+    code = 128 + stop if stop else 0
     if unsaved:
         print(f'error: the end of this run is lost: {unsaved}', file=sys.stderr, flush=True)
-    code = 2 if unsaved else 128 + stop if stop else 0
+        code = 2
     if ddp:
-        leave(code)
+        exit_together(code)
     sys.exit(code)
