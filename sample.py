@@ -126,6 +126,11 @@ if __name__ == '__main__':
     tok = get_tokenizer(checkpoint['tokenizer'])
     device = resolve_device(device)
     dtype = resolve_dtype(dtype, device)
+    trained = ''
+    if checkpoint['config']:
+        trained = f"step {checkpoint['iter_num']}, val loss {checkpoint['best_val_loss']:.4f}, "
+    print(f"{checkpoint['path']}: {trained}{model.num_params():,} parameters, on {device} in {dtype}",
+          file=sys.stderr)
     if compile == 'auto':  # takes half a minute, and saves up to half of the time to read weights
         bytes_read = max_new_tokens * model.num_params() * getattr(torch, dtype).itemsize
         compile = device != 'mps' and (quantize == 'int8' or bytes_read > 2e12)
@@ -133,12 +138,6 @@ if __name__ == '__main__':
             torch._dynamo.config.suppress_errors = True  # where it fails, go on without it
     optimize_for_generation(model, quantize == 'int8', compile)
     model.to(device, getattr(torch, dtype)).eval()
-    trained = ''
-    if checkpoint['config']:
-        trained = f"step {checkpoint['iter_num']}, val loss {checkpoint['best_val_loss']:.4f}, "
-    print(f"{checkpoint['path']}: {trained}{model.num_params():,} parameters, on {device} in {dtype}",
-          file=sys.stderr)
-
     torch.manual_seed(seed)
     if not interactive:
         write_samples(model, tok, prompt, num_samples)
