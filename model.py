@@ -464,17 +464,6 @@ def optimize_for_generation(model, int8=False, compile=False):
 # checkpoints: wherever weights come from, they become one kind of dict
 
 
-PRETRAINED = {  # layers, heads, width, sha256 of the file where known
-    'gpt2': (12, 12, 768, '248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707'),
-    'gpt2-medium': (24, 16, 1024,
-                    'fc5a354a19255ad494f3d71549390baca1ccf61d1d822b9408971705c687c9cd'),
-    'gpt2-large': (36, 20, 1280, None),
-    'gpt2-xl': (48, 25, 1600, None),
-}
-CHECKPOINT_TYPES = dict(model=dict, model_args=dict, tokenizer=dict, config=dict, iter_num=int,
-                        best_val_loss=float)
-
-
 def config_from_settings(settings, **changes):
     """The GPTConfig that a script's settings describe."""
     args = {f.name: settings[f.name] for f in fields(GPTConfig) if f.name in settings}
@@ -484,133 +473,16 @@ def config_from_settings(settings, **changes):
         raise UserError(error) from None
 
 
-def save_checkpoint(checkpoint, path):
-    """Write a checkpoint so that path is always the old one or the new one, whole, even after a
-    power cut. An OSError says why that failed."""
-    folder = os.path.dirname(path) or '.'
-    try:
-        with open(path + '.tmp', 'wb') as f:
-            torch.save(checkpoint, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(path + '.tmp', path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        with contextlib.suppress(OSError):
-            os.remove(path + '.tmp')
-        free = shutil.disk_usage(folder).free if os.path.isdir(folder) else 0
-        reason = str(error).splitlines()[0][:120]
-        raise OSError(f'cannot save {path}, {free / 1e6:,.1f} MB free: {reason}') from None
-    if os.name == 'posix':  # make the new name durable
-        descriptor = os.open(folder, os.O_RDONLY)
-        with contextlib.suppress(OSError):  # some file systems cannot do this
-            os.fsync(descriptor)
-        os.close(descriptor)
+# Hugging Face's format
 
-
-def load_checkpoint(source, data=None):
-    """A model and what belongs to it, on the CPU: weights (model), model_args, tokenizer, config,
-    iter_num, best_val_loss, path, and for resuming the optimizer's state.
-
-    The source is the folder of a run (its best.pt, else ckpt.pt), a file that train.py or nanoGPT
-    saved, or what from_pretrained takes. Loading it cannot run code. data is the folder of a
-    dataset that may hold the characters of a nanoGPT model."""
-    has_config = os.path.exists(os.path.join(source, 'config.json'))
-    if source in PRETRAINED or source.endswith('.safetensors') or has_config:
-        return load_pretrained(source)
-    path = source
-    if os.path.isdir(source):
-        path = os.path.join(source, 'best.pt')
-        if not os.path.exists(path):
-            path = os.path.join(source, 'ckpt.pt')
-    if not os.path.exists(path):
-        raise UserError(f'there is no checkpoint {path!r}: name the folder of a run, one of '
-                        f'{", ".join(PRETRAINED)}, or train a model first')
-    try:
-        with open(path, 'rb') as f:
-            verify_archive(f)
-            checkpoint = dict(torch.load(f, map_location='cpu', weights_only=True))
-        if 'tokenizer' not in checkpoint:
-            checkpoint |= from_nanogpt(checkpoint, path, data)
-    except UserError:
-        raise
-    except Exception as error:  # torch.load reports damage in many ways
-        folder = Path(path).parent
-        others = {*folder.glob('*.pt'), *folder.glob('earlier-*/*.pt')} - {Path(path)}
-        others = ', '.join(sorted(map(str, others))) or 'none'
-        reason = f'{type(error).__name__}: {str(error)[:80]}'
-        raise UserError(f'{path} is damaged or not a checkpoint ({reason}); '
-                        f'other checkpoints here: {others}') from error
-    for key, kind in CHECKPOINT_TYPES.items():
-        if not isinstance(checkpoint.get(key), kind):
-            raise UserError(f'{path} is not a checkpoint of this code: it lacks {key!r}')
-    return checkpoint | dict(path=path)
-
-
-def verify_archive(f):
-    """Compare a checkpoint's tensors with their checksums, which torch.load does not do."""
-    if zipfile.is_zipfile(f):
-        archive = zipfile.ZipFile(f)
-        # no checksum covers the attribute that makes a file a folder, which torch reads as zeros
-        folders = [entry.filename for entry in archive.infolist() if entry.external_attr]
-        damaged = archive.testzip() or folders
-        if damaged:
-            raise ValueError(f'{damaged} has changed since it was saved')
-    f.seek(0)
-
-
-def from_nanogpt(checkpoint, path, data):
-    """The entries of a nanoGPT checkpoint that differ from ours. It names no tokenizer: that is
-    GPT-2's, or the characters of its dataset, found beside it, in data, or in our own data."""
-    vocab_size = checkpoint['model_args']['vocab_size']
-    dataset = os.path.basename(checkpoint['config']['dataset'])
-    ours = os.path.join(DATA, dataset)
-    beside = os.path.join(os.path.dirname(path), '..', 'data', dataset)
-    tokenizer = dict(type='gpt2') if vocab_size in (50257, 50304) else None
-    for folder in (data, beside, ours):
-        spec = nanogpt_tokenizer(folder) if folder and not tokenizer else None
-        if spec and len(spec['chars']) == vocab_size:
-            tokenizer = spec
-    if not tokenizer:
-        raise UserError(f'{path} was trained by nanoGPT on the {vocab_size} characters of dataset '
-                        f'{dataset!r}, but no meta.pkl with as many was found: copy its folder '
-                        f'to {ours}')
-    weights = {name.removeprefix('_orig_mod.'): w for name, w in checkpoint['model'].items()
-               if not name.endswith('.attn.bias')}  # the mask
-    optimizer = checkpoint.get('optimizer')
-    return dict(model=weights, tokenizer=tokenizer, scaler={},
-                best_val_loss=float(checkpoint['best_val_loss']),
-                optimizer=optimizer and dict(adamw=optimizer))
-
-
-def from_checkpoint(checkpoint, **changes):
-    """The model in a checkpoint, with changes to its config, such as another dropout."""
-    args = checkpoint['model_args'] | changes
-    weights = {name: w.float() for name, w in checkpoint['model'].items()}
-    try:
-        if args['n_layer'] > len(weights):
-            raise ValueError(f"n_layer={args['n_layer']}, but only {len(weights)} tensors")
-        with torch.device('meta'):  # shapes only: the weights are assigned, not copied
-            model = GPT(GPTConfig(**args))
-        model.load_state_dict(weights, assign=True)
-    except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(f'the weights of this checkpoint do not fit its model_args: '
-                        f'{error}') from None
-    model.lm_head.weight = model.transformer.wte.weight
-    return model
-
-
-def from_pretrained(source, **changes):
-    """OpenAI's GPT-2 ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', downloaded once), or a
-    GPT-2 in Hugging Face's format: a folder or a .safetensors file."""
-    return from_checkpoint(load_pretrained(source), **changes)
-
-
-GPT.from_checkpoint = staticmethod(from_checkpoint)
-GPT.from_pretrained = staticmethod(from_pretrained)
-
-
-# Hugging Face's format. It stores the matrices of these layers transposed.
-TRANSPOSED = ('c_attn.weight', 'c_fc.weight', 'c_proj.weight')
+PRETRAINED = {  # layers, heads, width, sha256 of the file where known
+    'gpt2': (12, 12, 768, '248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707'),
+    'gpt2-medium': (24, 16, 1024,
+                    'fc5a354a19255ad494f3d71549390baca1ccf61d1d822b9408971705c687c9cd'),
+    'gpt2-large': (36, 20, 1280, None),
+    'gpt2-xl': (48, 25, 1600, None),
+}
+TRANSPOSED = ('c_attn.weight', 'c_fc.weight', 'c_proj.weight')  # stored that way in the file
 MASKS = ('.attn.bias', '.attn.masked_bias')  # in old files
 GPT2_CONFIG = dict(  # what config.json of a GPT-2 says, if only by default
     model_type='gpt2', activation_function='gelu_new', layer_norm_epsilon=1e-5, n_inner=None,
@@ -618,6 +490,35 @@ GPT2_CONFIG = dict(  # what config.json of a GPT-2 says, if only by default
     add_cross_attention=False)
 SAFETENSORS_DTYPES = dict(F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16,
                           U8=torch.uint8, BOOL=torch.bool)
+
+
+def read_safetensors(path):
+    """Yield (name, tensor) from a .safetensors file: the length of the header, the header as
+    JSON, and the tensors' bytes. The header must account for every byte of the file."""
+    try:
+        with open(path, 'rb') as f:
+            header_size = int.from_bytes(f.read(8), 'little')
+            header = json.loads(f.read(min(header_size, 100_000_000)))
+        header.pop('__metadata__', None)
+        entries = sorted((*entry['data_offsets'], name, entry['dtype'], entry['shape'])
+                         for name, entry in header.items())
+        position = 0
+        for begin, end, name, dtype, shape in entries:
+            valid = all(type(n) is int and n >= 0 for n in (begin, end, *shape))
+            size = math.prod(shape) * SAFETENSORS_DTYPES[dtype].itemsize
+            if not valid or begin != position or end - begin != size:
+                raise ValueError(f'{name}, {dtype} {shape}, cannot be bytes {begin} to {end}')
+            position = end
+        described, size = 8 + header_size + position, os.path.getsize(path)
+        if described != size:
+            raise ValueError(f'{size:,} bytes on disk, {described:,} in the header')
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f'{path} is damaged or not a safetensors file: '
+                        f'{str(error)[:200]}') from None
+    for begin, end, name, dtype, shape in entries:
+        if end > begin:  # each tensor is mapped alone: pages that were read count as memory
+            data = np.memmap(path, np.uint8, 'c', 8 + header_size + begin, end - begin)
+            yield name, torch.from_numpy(data).view(SAFETENSORS_DTYPES[dtype]).view(shape)
 
 
 def find_pretrained(name):
@@ -637,6 +538,19 @@ def find_pretrained(name):
     sha256 = PRETRAINED[name][3]
     download({path: url}, sha256, check=lambda path: next(read_safetensors(path), None))
     return path
+
+
+def tokenizer_of(folder, vocab_size):
+    """The tokenizer of a model in Hugging Face's format: one that we exported, or GPT-2's."""
+    exported = read_json(folder / 'meta.json').get('tokenizer')
+    if exported:
+        return exported
+    is_gpt2 = 50257 <= vocab_size <= 50304
+    for name in ('vocab.json', 'tokenizer.json'):
+        if (folder / name).exists():  # 'gazed' is the last word in GPT-2's vocabulary
+            vocabulary = (folder / name).read_bytes()
+            is_gpt2 = is_gpt2 and bool(re.search(rb'gazed": ?50255\b', vocabulary))
+    return dict(type='gpt2' if is_gpt2 else 'unknown')
 
 
 def load_pretrained(source):
@@ -690,46 +604,136 @@ def load_pretrained(source):
                 config={}, iter_num=0, best_val_loss=math.inf, path=str(files[0]))
 
 
-def tokenizer_of(folder, vocab_size):
-    """The tokenizer of a model in Hugging Face's format: one that we exported, or GPT-2's."""
-    exported = read_json(folder / 'meta.json').get('tokenizer')
-    if exported:
-        return exported
-    is_gpt2 = 50257 <= vocab_size <= 50304
-    for name in ('vocab.json', 'tokenizer.json'):
-        if (folder / name).exists():  # 'gazed' is the last word in GPT-2's vocabulary
-            vocabulary = (folder / name).read_bytes()
-            is_gpt2 = is_gpt2 and bool(re.search(rb'gazed": ?50255\b', vocabulary))
-    return dict(type='gpt2' if is_gpt2 else 'unknown')
+# Our own checkpoints, and nanoGPT's
+
+CHECKPOINT_TYPES = dict(model=dict, model_args=dict, tokenizer=dict, config=dict, iter_num=int,
+                        best_val_loss=float)
 
 
-def read_safetensors(path):
-    """Yield (name, tensor) from a .safetensors file: the length of the header, the header as
-    JSON, and the tensors' bytes. The header must account for every byte of the file."""
+def save_checkpoint(checkpoint, path):
+    """Write a checkpoint so that path is always the old one or the new one, whole, even after a
+    power cut. An OSError says why that failed."""
+    folder = os.path.dirname(path) or '.'
+    try:
+        with open(path + '.tmp', 'wb') as f:
+            torch.save(checkpoint, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(path + '.tmp', path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        with contextlib.suppress(OSError):
+            os.remove(path + '.tmp')
+        free = shutil.disk_usage(folder).free if os.path.isdir(folder) else 0
+        reason = str(error).splitlines()[0][:120]
+        raise OSError(f'cannot save {path}, {free / 1e6:,.1f} MB free: {reason}') from None
+    if os.name == 'posix':  # make the new name durable
+        descriptor = os.open(folder, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # some file systems cannot do this
+            os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def verify_archive(f):
+    """Compare a checkpoint's tensors with their checksums, which torch.load does not do."""
+    if zipfile.is_zipfile(f):
+        archive = zipfile.ZipFile(f)
+        # no checksum covers the attribute that makes a file a folder, which torch reads as zeros
+        folders = [entry.filename for entry in archive.infolist() if entry.external_attr]
+        damaged = archive.testzip() or folders
+        if damaged:
+            raise ValueError(f'{damaged} has changed since it was saved')
+    f.seek(0)
+
+
+def from_nanogpt(checkpoint, path, data):
+    """The entries of a nanoGPT checkpoint that differ from ours. It names no tokenizer: that is
+    GPT-2's, or the characters of its dataset, found beside it, in data, or in our own data."""
+    vocab_size = checkpoint['model_args']['vocab_size']
+    dataset = os.path.basename(checkpoint['config']['dataset'])
+    ours = os.path.join(DATA, dataset)
+    beside = path.parent / '..' / 'data' / dataset
+    tokenizer = dict(type='gpt2') if vocab_size in (50257, 50304) else None
+    for folder in (data, beside, ours):
+        spec = nanogpt_tokenizer(folder) if folder and not tokenizer else None
+        if spec and len(spec['chars']) == vocab_size:
+            tokenizer = spec
+    if not tokenizer:
+        raise UserError(f'{path} was trained by nanoGPT on the {vocab_size} characters of dataset '
+                        f'{dataset!r}, but no meta.pkl with as many was found: copy its folder '
+                        f'to {ours}')
+    weights = {name.removeprefix('_orig_mod.'): w for name, w in checkpoint['model'].items()
+               if not name.endswith('.attn.bias')}  # the mask
+    optimizer = checkpoint.get('optimizer')
+    return dict(model=weights, tokenizer=tokenizer, scaler={},
+                best_val_loss=float(checkpoint['best_val_loss']),
+                optimizer=optimizer and dict(adamw=optimizer))
+
+
+def load_checkpoint(source, data=None):
+    """A model and what belongs to it, on the CPU: weights (model), model_args, tokenizer, config,
+    iter_num, best_val_loss, path, and for resuming the optimizer's state.
+
+    The source is the folder of a run (its best.pt, else ckpt.pt), a file that train.py or nanoGPT
+    saved, or what from_pretrained takes. Loading it cannot run code. data is the folder of a
+    dataset that may hold the characters of a nanoGPT model."""
+    has_config = os.path.exists(os.path.join(source, 'config.json'))
+    if source in PRETRAINED or source.endswith('.safetensors') or has_config:
+        return load_pretrained(source)
+    path = Path(source)
+    if path.is_dir():
+        best = path / 'best.pt'
+        path = best if best.exists() else path / 'ckpt.pt'
+    if not path.exists():
+        raise UserError(f'there is no checkpoint {path}: name the folder of a run, one of '
+                        f'{", ".join(PRETRAINED)}, or train a model first')
     try:
         with open(path, 'rb') as f:
-            header_size = int.from_bytes(f.read(8), 'little')
-            header = json.loads(f.read(min(header_size, 100_000_000)))
-        header.pop('__metadata__', None)
-        entries = sorted((*entry['data_offsets'], name, entry['dtype'], entry['shape'])
-                         for name, entry in header.items())
-        position = 0
-        for begin, end, name, dtype, shape in entries:
-            valid = all(type(n) is int and n >= 0 for n in (begin, end, *shape))
-            size = math.prod(shape) * SAFETENSORS_DTYPES[dtype].itemsize
-            if not valid or begin != position or end - begin != size:
-                raise ValueError(f'{name}, {dtype} {shape}, cannot be bytes {begin} to {end}')
-            position = end
-        described, size = 8 + header_size + position, os.path.getsize(path)
-        if described != size:
-            raise ValueError(f'{size:,} bytes on disk, {described:,} in the header')
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f'{path} is damaged or not a safetensors file: '
-                        f'{str(error)[:200]}') from None
-    for begin, end, name, dtype, shape in entries:
-        if end > begin:  # each tensor is mapped alone: pages that were read count as memory
-            data = np.memmap(path, np.uint8, 'c', 8 + header_size + begin, end - begin)
-            yield name, torch.from_numpy(data).view(SAFETENSORS_DTYPES[dtype]).view(shape)
+            verify_archive(f)
+            checkpoint = dict(torch.load(f, map_location='cpu', weights_only=True))
+        if 'tokenizer' not in checkpoint:
+            checkpoint |= from_nanogpt(checkpoint, path, data)
+    except UserError:
+        raise
+    except Exception as error:  # torch.load reports damage in many ways
+        others = {*path.parent.glob('*.pt'), *path.parent.glob('earlier-*/*.pt')} - {path}
+        others = ', '.join(sorted(map(str, others))) or 'none'
+        reason = f'{type(error).__name__}: {str(error)[:80]}'
+        raise UserError(f'{path} is damaged or not a checkpoint ({reason}); '
+                        f'other checkpoints here: {others}') from error
+    for key, kind in CHECKPOINT_TYPES.items():
+        if not isinstance(checkpoint.get(key), kind):
+            raise UserError(f'{path} is not a checkpoint of this code: it lacks {key!r}')
+    return checkpoint | dict(path=str(path))
+
+
+def from_checkpoint(checkpoint, **changes):
+    """The model in a checkpoint, with changes to its config, such as another dropout."""
+    args = checkpoint['model_args'] | changes
+    weights = {name: w.float() for name, w in checkpoint['model'].items()}
+    try:
+        if args['n_layer'] > len(weights):
+            raise ValueError(f"n_layer={args['n_layer']}, but only {len(weights)} tensors")
+        with torch.device('meta'):  # shapes only: the weights are assigned, not copied
+            model = GPT(GPTConfig(**args))
+        model.load_state_dict(weights, assign=True)
+    except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(f'the weights of this checkpoint do not fit its model_args: '
+                        f'{error}') from None
+    model.lm_head.weight = model.transformer.wte.weight
+    return model
+
+
+def from_pretrained(source, **changes):
+    """OpenAI's GPT-2 ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', downloaded once), or a
+    GPT-2 in Hugging Face's format: a folder or a .safetensors file."""
+    return from_checkpoint(load_pretrained(source), **changes)
+
+
+GPT.from_checkpoint = staticmethod(from_checkpoint)
+GPT.from_pretrained = staticmethod(from_pretrained)
+
+
+# Exports
 
 
 def write_safetensors(tensors, path):

@@ -24,6 +24,7 @@ import time
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils._pytree import tree_map
 
@@ -152,36 +153,41 @@ def shard(model, device_type, dtype):
     return fully_shard(model, mesh=mesh)
 
 
-def full_tensor(value):
-    """The whole of a tensor that FSDP has sharded. All ranks must call this."""
-    return value.full_tensor() if hasattr(value, 'full_tensor') else value
+def gather(value):
+    """The whole of a tensor that FSDP has sharded, on the CPU of rank 0. All ranks must call this."""
+    if not isinstance(value, DTensor):
+        return value
+    value = value.full_tensor()
+    return value.cpu() if dist.get_rank() == 0 else None
+
+
+def shard_like(param, value):
+    """Shard a tensor of the optimizer's state as its parameter is sharded."""
+    if not isinstance(param, DTensor) or value.shape != param.shape:
+        return value
+    return distribute_tensor(value, param.device_mesh, param.placements, src_data_rank=None)
 
 
 def load_optimizer(optimizer, saved):
-    """Load the saved state, sharded as the parameters are, but keep the current settings."""
+    """Load the saved state, but keep the current settings, such as the weight decay."""
     params = [p for group in optimizer.param_groups for p in group['params']]
-    state = {i: dict(entries) for i, entries in saved['state'].items()}
-    for i, entries in state.items():
-        for name, value in entries.items():
-            if hasattr(params[i], 'full_tensor') and value.shape == params[i].shape:
-                from torch.distributed.tensor import distribute_tensor
-                p = params[i]
-                entries[name] = distribute_tensor(value.to(p.device), p.device_mesh, p.placements)
+    state = {i: {name: shard_like(params[i], value) for name, value in entries.items()}
+             for i, entries in saved['state'].items()}
     optimizer.load_state_dict(optimizer.state_dict() | dict(state=state))
 
 
 def set_aside(out_dir):
-    """Move the files of an earlier run into a folder of their own inside out_dir."""
-    names = ('ckpt.pt', 'best.pt', 'log.jsonl')
-    existing = [name for name in names if os.path.exists(os.path.join(out_dir, name))]
-    if existing in ([], ['log.jsonl']):
+    """Move the files of an earlier run into a new folder inside out_dir."""
+    files = [name for name in ('ckpt.pt', 'best.pt', 'log.jsonl')
+             if os.path.exists(os.path.join(out_dir, name))]
+    if files in ([], ['log.jsonl']):
         return
     number = 1
     while os.path.exists(os.path.join(out_dir, f'earlier-{number}')):
         number += 1
     folder = os.path.join(out_dir, f'earlier-{number}')
     os.mkdir(folder)
-    for name in existing:
+    for name in files:
         os.rename(os.path.join(out_dir, name), os.path.join(folder, name))
     print(f'moved the earlier run in {out_dir} to {folder}')
 
@@ -453,7 +459,7 @@ if __name__ == '__main__':
         on every rank, or '' after success."""
         state['model'] = raw_model.state_dict()
         if fsdp:
-            state = tree_map(full_tensor, state)
+            state = tree_map(gather, state)
             state['model']['lm_head.weight'] = state['model']['transformer.wte.weight']  # tied
         problem = ''
         if rank == 0:
@@ -556,7 +562,9 @@ if __name__ == '__main__':
             scaler.unscale_(opt)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
         next_batch = get_batch(iter_num + 1)  # prefetch while the GPU computes
-        norm = full_tensor(norm).item()  # waits for the GPU
+        if fsdp:
+            norm = norm.full_tensor()
+        norm = norm.item()  # waits for the GPU
 
         # take the step, unless the gradient overflowed
         if math.isfinite(norm):
