@@ -284,7 +284,6 @@ if __name__ == '__main__':
 
     torch.manual_seed(seed)
     resume = init_from == 'resume'
-    checkpoint = {}
     if init_from == 'scratch':
         padded = math.ceil(meta['vocab_size'] / 64) * 64  # matrix units prefer multiples of 64
         raw_model = GPT(config_from_settings(config, vocab_size=padded))
@@ -299,13 +298,11 @@ if __name__ == '__main__':
         raw_model = GPT.from_checkpoint(checkpoint, dropout=dropout)
         if not resume and block_size < raw_model.config.block_size:
             raw_model.crop_block_size(block_size)
-        # the checkpoint decides the model's shape
-        decided = {name: value for name, value in vars(raw_model.config).items()
-                   if config.get(name, value) != value}
-        if decided:
-            print0(f'{path} sets ' + ', '.join(f'{k}={v}' for k, v in decided.items()))
-        config.update(decided)
         block_size = raw_model.config.block_size
+        for name, value in vars(raw_model.config).items():  # the checkpoint decides the shape
+            if config.get(name, value) != value:
+                print0(f'{path} sets {name}={value}')
+                config[name] = value
     raw_model.recompute_activations = activation_checkpointing
     for split, path in bins.items():
         if meta[f'{split}_tokens'] <= block_size:
@@ -354,11 +351,11 @@ if __name__ == '__main__':
     elapsed = 0.0  # seconds of training before this process started
     wandb_id = None
     if resume:
-        saved = checkpoint['optimizer']
+        saved = checkpoint.get('optimizer') or {}
         if saved.keys() != optimizers.keys():
-            name = list(saved)[-1]
-            raise UserError(f'optimizer={optimizer!r}, but {ckpt_path} was trained with {name}: '
-                            f'use --optimizer={name}, or --init_from={ckpt_path} to start anew')
+            raise UserError(f'optimizer={optimizer!r}, but {ckpt_path} was trained with '
+                            f'{" and ".join(saved) or "no optimizer"}: use the same, or start anew '
+                            f'from its weights with --init_from={ckpt_path}')
         for name in optimizers:
             load_optimizer(optimizers[name], saved[name])
         if checkpoint['scaler']:
@@ -367,11 +364,10 @@ if __name__ == '__main__':
         best_val_loss = checkpoint['best_val_loss']
         elapsed = checkpoint.get('elapsed', 0.0)
         wandb_id = checkpoint.get('wandb_id')
-        changed = [f'{name} {value} -> {config[name]}'
-                   for name, value in checkpoint['config'].items()
-                   if name != 'init_from' and config.get(name, value) != value]
-        print0(f'resuming {ckpt_path} at step {iter_num}'
-               + ('; changed: ' + ', '.join(changed) if changed else ''))
+        print0(f'resuming {ckpt_path} at step {iter_num}')
+        for name, value in checkpoint['config'].items():
+            if name != 'init_from' and config.get(name, value) != value:
+                print0(f'changed setting: {name} {value} -> {config[name]}')
         if iter_num >= max_iters and not eval_only:
             print0(f'all max_iters={max_iters} steps are done: raise max_iters and lr_decay_iters')
     checkpoint = None  # free its memory
