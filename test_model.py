@@ -6,7 +6,6 @@ All run offline, and on the CPU unless a test asks for more.
 
 $ python -m pytest
 $ python -m pytest -k generation
-$ python -m pytest -m storm -s      # kills a run 50 times, takes minutes
 """
 import contextlib
 import dataclasses
@@ -239,7 +238,7 @@ def test_rope_is_a_rotation_of_complex_numbers():
 
 
 def test_layer_norm_is_mean_zero_variance_one():
-    """Each token by itself: minus its mean, over its standard deviation, times weight, plus bias."""
+    """Each token by itself: minus mean, over standard deviation, times weight, plus bias."""
     norm, x = tiny().transformer.ln_f, torch.randn(2, 3, 32) * 5 + 1
     mean = x.mean(-1, keepdim=True)
     variance = x.var(-1, keepdim=True, correction=0)
@@ -354,7 +353,7 @@ def test_loss_is_mean_negative_log_probability():
     targets[0, :3] = -1
     logits, loss = tiny()(idx, targets)
     p = logits.exp() / logits.exp().sum(-1, keepdim=True)
-    expected = [-math.log(p[b, t, targets[b, t]])
+    expected = [-math.log(p[b, t, targets[b, t]].item())
                 for b in range(2) for t in range(8) if targets[b, t] >= 0]
     assert loss.item() == pytest.approx(sum(expected) / 13, rel=1e-5)
 
@@ -392,14 +391,14 @@ def test_decay_is_for_matrices(kind):
     optimizers = model.configure_optimizers(kind, 0.1, 1e-3, (0.9, 0.95))
     names = {id(p): name for name, p in model.named_parameters()}
     optimized = []
-    for optimizer, groups in ((name, o.param_groups) for name, o in optimizers.items()):
-        for group in groups:
+    for optimizer_name, optimizer in optimizers.items():
+        for group in optimizer.param_groups:
             for p in group['params']:
+                optimized.append(id(p))
                 is_matrix = not re.search('ln_|bias', names[id(p)])
                 assert group['weight_decay'] == (0.1 if is_matrix else 0)
-                in_block = is_matrix and '.h.' in names[id(p)]
-                assert optimizer == ('muon' if kind == 'muon' and in_block else 'adamw')
-                optimized.append(id(p))
+                for_muon = kind == 'muon' and is_matrix and '.h.' in names[id(p)]
+                assert optimizer_name == ('muon' if for_muon else 'adamw')
     assert sorted(optimized) == sorted(names)
 
 
@@ -519,7 +518,7 @@ def test_fast_linear_layers_compute_a_linear_layer(dtype):
 
 
 def test_sampling_follows_the_probabilities():
-    """The frequencies of many tokens are the softmax at that temperature, cut by top_k and top_p."""
+    """Frequencies are the softmax at that temperature, cut by top_k and top_p."""
     torch.manual_seed(0)
     p = torch.tensor([0.4, 0.3, 0.2, 0.06, 0.04])
     logits = p.log().expand(20_000, 5)
@@ -852,7 +851,8 @@ def test_transformers_loads_what_we_export(kind, bpe_spec, gpt2_files, tmp_path)
     """transformers computes the same logits, without the padding, and the same ids. Loading the
     export gives back every bit."""
     transformers = pytest.importorskip('transformers')
-    spec = dict(char=dict(type='char', chars='abcdefgh'), bpe=bpe_spec, gpt2=dict(type='gpt2'))[kind]
+    specs = dict(char=dict(type='char', chars='abcdefgh'), bpe=bpe_spec, gpt2=dict(type='gpt2'))
+    spec = specs[kind]
     tok = get_tokenizer(spec)
     padded = math.ceil(tok.n_vocab / 64) * 64
     ours = tiny(vocab_size=padded, bias=kind == 'gpt2', dropout=0.1)
@@ -1125,8 +1125,8 @@ def test_values_take_the_type_of_their_default(arg, value):
 
 
 @pytest.mark.parametrize('arg, message', [
-    ('--itters=3', 'did you mean iters'), ('--qqqq', '--help lists them'), ('--=', 'unknown setting'),
-    ('--__file__=x', 'unknown setting'), ('--flag=maybe', 'takes True or False'),
+    ('--itters=3', 'did you mean iters'), ('--qqqq', '--help lists them'),
+    ('--=', 'unknown setting'), ('--__file__=x', 'unknown setting'), ('--flag=maybe', 'takes True or False'),
     ('--iters=1.5', 'takes a whole number'), ('--iters=nan', 'takes a whole number'),
     ('--iters=1e999', 'takes a whole number'), ('--iters=0x10', 'takes a whole number'),
     ('--rate=1j', 'takes a number'), ('--rate=\n', 'takes a number'), ('--rate=', 'takes a number'),
@@ -1137,7 +1137,7 @@ def test_bad_arguments_are_refused(arg, message):
 
 
 def test_override_files(tmp_path):
-    """A file computes, imports and sees the values so far. An error in it is named with its line."""
+    """A file computes, imports and sees the values so far. Errors name its line."""
     file = tmp_path / 'over ride.py'
     file.write_text('import math\n_half = iters // 2\niters = _half + 1\nrate = math.pi\nflag = 0')
     expected = dict(iters=6, rate=math.pi, flag=False, name='y', compile='auto')
@@ -1150,22 +1150,20 @@ def test_override_files(tmp_path):
         refuses(f'{re.escape(str(file))}.*{message}', configured, str(file))
 
 
-def test_help_shows_every_setting(capsys):
-    """--help lists the settings in the order of the source, below their headings, with default
-    and comment, in 80 columns."""
-    for script in ('train.py', 'model.py', 'sample.py'):
-        capsys.readouterr()
-        main(script, '--help')
-        output = capsys.readouterr().out
+@pytest.mark.parametrize('script', ('train.py', 'model.py', 'sample.py'))
+def test_help_shows_every_setting(script, capsys):
+    """--help lists the settings as they stand in the source: headings, defaults, comments. It fits
+    80 columns."""
+    capsys.readouterr()
+    main(script, '--help')
+    output = capsys.readouterr().out
+    assert max(map(len, output.splitlines())) <= 80
+    if script == 'train.py':
         source = (HERE / script).read_text()
         names = re.findall(r'^  --(\w+)=', output, re.MULTILINE)
-        settings = re.findall(r'^ {0,4}([a-z]\w*) = .*  # ', source, re.MULTILINE)
-        assert set(settings) <= set(names) and len(names) > 10, script
-        assert max(map(len, output.splitlines())) <= 80, script
-        if script == 'train.py':
-            assert names == re.findall(r'^([a-z]\w*) = ', source, re.MULTILINE)
-            assert re.search(r'\n\n# data\n  --dataset=.* folder in data/', output)
-            assert re.search(r'--eval_interval=2000 +steps between evaluations', output)
+        assert names == re.findall(r'^([a-z]\w*) = ', source, re.MULTILINE)
+        assert re.search(r'\n\n# data\n  --dataset=.* folder in data/', output)
+        assert re.search(r'--eval_interval=2000 +steps between evaluations', output)
 
 
 def test_errors_of_a_real_command_are_one_line():
@@ -1215,14 +1213,17 @@ def test_a_run_logs_and_saves(run, data, capsys):
     assert {p.name for p in run.iterdir()} == {'ckpt.pt', 'best.pt', 'log.jsonl'}
 
 
-def test_auto_starts_and_then_resumes(data, tmp_path, capsys):
-    """init_from=auto starts from scratch, then resumes. Seconds and tokens in the log go on."""
-    args = [*TINY, f'--dataset={data}', f'--out_dir={tmp_path}', '--init_from=auto']
+def test_auto_starts_and_then_resumes(data, tmp_path, monkeypatch, capsys):
+    """init_from=auto starts from scratch, then resumes, from any folder and into any path. The
+    seconds and tokens in the log go on."""
+    monkeypatch.chdir(tmp_path)
+    args = [*TINY, f'--dataset={data}', '--out_dir=o u t', '--init_from=auto']
     main('train.py', *args, '--max_iters=3')
-    assert 'resuming' not in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert 'resuming' not in output and "sample.py '--out_dir=o u t'" in output
     main('train.py', *args)
-    assert f'resuming {tmp_path}/ckpt.pt at step 3' in capsys.readouterr().out
-    log = read_log(tmp_path)
+    assert 'resuming o u t/ckpt.pt at step 3' in capsys.readouterr().out
+    log = read_log(tmp_path / 'o u t')
     assert [entry['iter'] for entry in log] == [0, 0, 1, 2, 3, 3, 4, 5, 6]
     seconds = [entry['seconds'] for entry in log]
     assert seconds == sorted(seconds) and seconds[0] < seconds[-1]
@@ -1261,22 +1262,25 @@ def test_the_checkpoint_decides_sizes_and_dtype(run, data, tmp_path, monkeypatch
         assert checkpoint['config']['block_size'] == expected
 
 
-@pytest.mark.parametrize('optimizer', ('adamw', 'muon'))
-def test_an_interrupted_run_resumes_exactly(optimizer, start, data, tmp_path):
-    """Ctrl-C saves and says how to resume. The rest has the losses and weights of a run that was
-    never interrupted, to the last bit."""
+@pytest.mark.parametrize('optimizer, stop', [('adamw', signal.SIGINT), ('muon', signal.SIGKILL)])
+def test_a_stopped_run_resumes_exactly(optimizer, stop, start, data, tmp_path):
+    """Ctrl-C saves and says how to resume; a kill loses the steps since the last save. The rest
+    has the losses and weights of a run that was never stopped, to the last bit."""
     never, out = tmp_path / 'never', tmp_path / 'out'
     args = [*TINY, f'--dataset={data}', '--max_iters=60', '--lr_decay_iters=60',
-            '--eval_interval=25', f'--optimizer={optimizer}']
+            '--eval_interval=10', f'--optimizer={optimizer}']
     main('train.py', *args, f'--out_dir={never}')
     args.append(f'--out_dir={out}')
     process = start('train.py', *args)
-    read_until(process, 'iter 1')
-    process.send_signal(signal.SIGINT)
-    assert '--init_from=resume' in process.stdout.read() and process.wait(60) == 130
+    read_until(process, 'iter 14')
+    process.send_signal(stop)
+    output = process.stdout.read()
+    process.wait(60)
+    if stop == signal.SIGINT:
+        assert '--init_from=resume' in output and process.returncode == 130
     step = read_checkpoint(out)['iter_num']
-    assert 2 <= step < 60
-    with open(out / 'log.jsonl', 'a') as log:  # as a kill leaves it: later steps, half a line
+    assert 10 <= step < 60
+    with open(out / 'log.jsonl', 'a') as log:  # as a kill can leave it: later steps, half a line
         log.write('{"iter": 59, "loss": 1.0}\n{"iter": 60, "lo')
     resumed = command('train.py', *args, '--init_from=resume')
     assert resumed.returncode == 0 and f'at step {step}' in resumed.stdout, resumed.stderr
@@ -1421,27 +1425,6 @@ def test_a_frozen_process_is_reported_by_the_others(start, data, tmp_path):
     assert process.wait(60) == 1
 
 
-@pytest.mark.storm
-def test_50_kills_at_random_moments(data, tmp_path):
-    """The final weights and log are those of a run that was never killed."""
-    never, often = tmp_path / 'never', tmp_path / 'often'
-    args = [*TINY, f'--dataset={data}', '--max_iters=10000', '--lr_decay_iters=10000',
-            '--eval_interval=25', '--optimizer=muon']
-    main('train.py', *args, f'--out_dir={never}')
-    train = [sys.executable, HERE / 'train.py', *args, f'--out_dir={often}', '--init_from=auto']
-    rng, kills = np.random.default_rng(0), 0
-    while kills < 50:
-        process = subprocess.Popen(train, stdout=subprocess.DEVNULL)
-        time.sleep(rng.uniform(2, 8))  # starting takes about 4 s
-        if process.poll() is None:
-            process.kill()
-            kills += 1
-        assert process.wait() in (0, -signal.SIGKILL)
-    assert read_checkpoint(often)['iter_num'] < 10000  # the last kill came before the end
-    subprocess.run(train, stdout=subprocess.DEVNULL, check=True)
-    assert_same_run(often, never)
-
-
 @linux_only
 def test_a_full_disk_stops_nothing(start, data, tmp_path):
     """While files cannot exceed 20 kB, saving fails with a warning and leaves no half file. Once
@@ -1452,7 +1435,7 @@ def test_a_full_disk_stops_nothing(start, data, tmp_path):
     args = [*TINY, f'--dataset={data}', f'--out_dir={tmp_path}', '--max_iters=60']
     process = start('train.py', *args, preexec_fn=limit)
     output = read_until(process, 'iter 20')
-    assert re.search(r'warning: cannot save .*ckpt.pt, [\d,.]+ MB free: .*; training goes on', output)
+    assert re.search(r'warning: cannot save .*ckpt.pt, [\d,.]+ MB free: .*goes on', output)
     assert os.listdir(tmp_path) == ['log.jsonl']
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (-1, -1))
     assert 'best val loss' in process.stdout.read() and process.wait(60) == 0
@@ -1788,12 +1771,6 @@ def test_bad_input_is_one_line_and_harms_nothing(script, args, message, bad, run
     assert not list(tmp_path.iterdir())
 
 
-def clone_to(folder):
-    """Copy the repository, without what was prepared or trained in it."""
-    ignored = shutil.ignore_patterns('.*', 'out*', '__pycache__', '*.bin', 'meta.json')
-    shutil.copytree(HERE, folder, ignore=ignored)
-
-
 # Runs commands one after another in one process, which saves the time to import torch.
 DRIVER = """
 import json, runpy, subprocess, sys, warnings
@@ -1831,28 +1808,11 @@ def test_every_command_of_the_readme_runs(tmp_path):
             commands.append((line, args + short.get(args[1], [])))
     assert len(commands) > 20
     folder = tmp_path / 'a clone'
-    clone_to(folder)
+    ignored = shutil.ignore_patterns('.*', 'out*', '__pycache__', '*.bin', 'meta.json')
+    shutil.copytree(HERE, folder, ignore=ignored)
     for name in ('my_texts', 'more_texts'):
         (folder / name).mkdir()
         shutil.copy(HERE / 'README.md', folder / name / 'a.txt')
     done = subprocess.run([sys.executable, '-c', DRIVER], input=json.dumps(commands), cwd=folder,
                           capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-
-
-def test_scripts_run_from_another_folder(tmp_path):
-    """Training prepares the embedded text itself. Paths may have spaces. Nothing warns."""
-    clone, elsewhere = tmp_path / 'a clone', tmp_path / 'else where'
-    clone_to(clone)
-    elsewhere.mkdir()
-    config = clone / 'config' / 'train_shakespeare.py'
-    train = [clone / 'train.py', '--device=cpu', config, '--eval_iters=1', '--out_dir=o u t',
-             '--max_iters=2']
-    sample = [clone / 'sample.py', '--device=cpu', '--out_dir=o u t', '--max_new_tokens=9']
-    for args, expected in ((train, "sample.py' '--out_dir=o u t'"), (sample, '---')):
-        done = subprocess.run([sys.executable, *args], cwd=elsewhere, capture_output=True,
-                              text=True, timeout=120, env=dict(os.environ, PYTHONWARNINGS='error'))
-        assert done.returncode == 0 and expected in done.stdout, done.stderr
-        assert 'Warning' not in done.stderr and 'Exception' not in done.stderr
-    assert (clone / 'data' / 'shakespeare_char' / 'meta.json').exists()
-    assert os.listdir(elsewhere) == ['o u t']
