@@ -187,8 +187,8 @@ def get_tokenizer(spec):
             return BPETokenizer(tiktoken.Encoding(
                 'bpe', pat_str=spec['split'], mergeable_ranks=ranks, special_tokens=special))
     except OSError as error:
-        raise UserError("cannot download GPT-2's tokenizer: connect to the internet, or set TIKTOKEN_CACHE_DIR "
-                        'to a folder that has it') from error
+        raise UserError("cannot download GPT-2's tokenizer: connect to the internet, or set "
+                        'TIKTOKEN_CACHE_DIR to a folder that has it') from error
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as error:
         raise UserError(f'the tokenizer is damaged ({str(error)[:80]}): prepare the dataset again') from None
     if kind == 'unknown':
@@ -210,7 +210,7 @@ def train_bpe(words, n_merges):
             for word in words:
                 ids[word] = replace(ids[word], best, new_id)
 
-    Counting every pair for every merge is slow, so the code below updates only the counts that a merge changes.
+    Counting all pairs again is slow, so the code below updates only the counts that a merge changes.
     It stops when no pair occurs twice, and skips a pair that spells an existing token."""
     # one character per id, so that str.replace merges a pair
     sequences = [word.encode('utf-8', 'replace').decode('latin-1') for word in words]
@@ -407,9 +407,10 @@ def download(urls, digest=None, check=None):
                                     'again to resume') from None
                 time.sleep(pause)
         expected = digest or linked
+        actual = sha256([part])
         try:
-            if expected and sha256([part]) != expected:
-                raise UserError(f'its sha256 is not {expected}')
+            if expected and actual != expected:
+                raise UserError(f'its sha256 is {actual}, not {expected}')
             if check:
                 check(part)
         except UserError as error:
@@ -587,8 +588,8 @@ def choose_split(n_tokens, n_val, starts):
 # Loading bins
 
 def load_dataset(dataset):
-    """Return meta and {'train': path, 'val': path} of a dataset that prepare.py or nanoGPT wrote. This checks the
-    sizes of the bins, not their ids: prepare does that."""
+    """Return meta and {'train': path, 'val': path} of a dataset that prepare.py or nanoGPT wrote. Checks the
+    sizes of the bins, but not their ids: prepare does that."""
     folder = os.path.join(DATA, dataset)
     path = os.path.join(folder, 'meta.json')
     bins = {split: os.path.join(folder, f'{split}.bin') for split in ('train', 'val')}
@@ -618,7 +619,8 @@ def load_dataset(dataset):
     for split, bin in bins.items():
         expected = meta[f'{split}_tokens'] * width
         if sizes.get(split, 0) != expected:
-            raise UserError(f'{bin} has {sizes.get(split, 0):,} bytes, meta.json says {expected:,}: {advice}')
+            size = sizes.get(split, 0)
+            raise UserError(f'{bin} holds {size:,} bytes but meta.json says {expected:,}: {advice}')
     return meta, bins
 
 
