@@ -36,12 +36,12 @@ import requests
 
 from configurator import UserError, check, configure, optional
 
-dataset = 'shakespeare_char'  # folder in data/: a dataset of the table below, or a new name for your source
+dataset = 'shakespeare_char'  # folder in data/: a name from the table below, or a new one with --source
 source = ''         # file, folder or https address of the text; '': from the table
 tokenizer = ''      # char, gpt2, bpe, sp:FILE.model or a meta.json; '': from the table, or gpt2
 vocab_size = 4096   # vocabulary size of a bpe tokenizer
 val_fraction = 0.0  # fraction of tokens for validation, taken from the end; 0: from the table, or 0.1
-shards = 0          # number of shards of a large dataset to use; 0: all
+shards = 0          # number of shards to download of a large dataset; 0: all
 
 DATA = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data')
 SHAKESPEARE = os.path.join(DATA, 'shakespeare', 'input.txt')
@@ -49,7 +49,7 @@ HUB = os.environ.get('HF_ENDPOINT') or 'https://huggingface.co'
 OWT = HUB + '/datasets/Skylion007/openwebtext/resolve/main/plain_text/train-%05d-of-00080.parquet'
 FINEWEB = HUB + '/datasets/kjj0/fineweb10B-gpt2/resolve/main/fineweb_'
 EDU = HUB + '/datasets/kjj0/finewebedu10B-gpt2/resolve/main/finewebedu_'
-DATASETS = {  # shards: their numbers, for the % in source; disk: GB per shard, with its part of train.bin
+DATASETS = {  # shards: numbers that replace the % in source; disk: GB per shard, including its tokens
     'shakespeare_char': dict(source=SHAKESPEARE, tokenizer='char'),
     'shakespeare': dict(source=SHAKESPEARE),
     'openwebtext': dict(source=OWT, shards=range(80), disk=0.53, val_fraction=0.0005),
@@ -60,11 +60,12 @@ DATASETS = {  # shards: their numbers, for the % in source; disk: GB per shard, 
 }
 
 # -----------------------------------------------------------------------------
-# Tokenizers. Each has n_vocab, eot (the id between documents, or None), encode(text) and decode_bytes(ids).
+# Tokenizers. Each has n_vocab, eot (the id that separates documents, or None),
+# encode(text) and decode_bytes(ids).
 
 END_OF_TEXT = '<|endoftext|>'
 GPT2_VOCAB = 50257
-SPLIT = (  # bpe merges only within these pieces, which are like GPT-4's
+SPLIT = (  # bpe merges bytes only within these pieces of text, which resemble GPT-4's
     r"'(?i:[sdmt]|ll|ve|re)"                  # English contractions
     r'|[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+'  # a word with the space before it; \p{M}: vowel signs
     r'|\p{N}{1,3}'                            # up to three digits
@@ -145,7 +146,7 @@ class BPETokenizer:
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model. Most of them normalise text, which loses newlines."""
+    """A SentencePiece model. Most models normalise text, which loses newlines."""
 
     def __init__(self, model):
         sentencepiece = optional('sentencepiece', 'this tokenizer')
@@ -168,7 +169,7 @@ class SentencePieceTokenizer:
 
 
 def get_tokenizer(spec):
-    """Make the tokenizer that a spec describes. meta.json and every checkpoint contain a spec."""
+    """The tokenizer that a spec describes. meta.json and every checkpoint contain a spec."""
     import tiktoken
     try:
         kind = spec['type']
@@ -259,11 +260,11 @@ def train_bpe(words, n_merges):
 # -----------------------------------------------------------------------------
 # Reading sources
 
-# Text cut after a letter or digit that precedes space or punctuation, or after a single newline, has the same
-# BPE ids in parts as in one. This pattern matches up to the last such place.
+# Where text can be cut without changing its BPE ids: after a letter or digit if white space or punctuation
+# follows, and after a single newline. The pattern matches everything up to the last such place.
 CUT = re.compile(r'(?s:.*)(?:(?<=[^\W_])(?=[\s!-/:-@，。、！？；：…—])|(?<=\S\n)(?=\S))')
 CHUNK = 1 << 18    # characters to read at a time
-LONGEST = 1 << 22  # cut text with no such place after this many characters, to bound memory
+LONGEST = 1 << 22  # characters after which text is cut anywhere, to bound memory
 
 
 class Progress:
@@ -286,7 +287,7 @@ class Progress:
 
 
 def read(files, what):
-    """Yield (text, ends_document) for each piece of text. The pieces of shards are ids instead."""
+    """Yield (text, ends_document) for each piece of the files. Shards yield arrays of ids instead of text."""
     progress = Progress(what, sum(map(os.path.getsize, files)) / 1e6, 'MB')
     done = 0
     for path in files:
@@ -354,7 +355,7 @@ def locate(source, folder):
     """The files of a source. An https address is downloaded to folder/download."""
     if re.match('https?://', source):
         name = re.split('[?#]', source)[0].rpartition('/')[2] or 'source.txt'
-        prefix = hashlib.sha256(source.encode()).hexdigest()[:8]  # other addresses may have the same name
+        prefix = hashlib.sha256(source.encode()).hexdigest()[:8]  # another address may have the same name
         path = os.path.join(folder, 'download', f'{prefix}-{name}')
         download({path: source})
         return [path]
@@ -362,23 +363,20 @@ def locate(source, folder):
         return [source]
     if not os.path.isdir(source):
         raise UserError(f'source={source!r} does not exist: give a file, folder or https address')
-    files = glob.glob(os.path.join(glob.escape(source), '**'), recursive=True)  # no hidden ones
-    ours = ('.bin', '.tmp', '.part', 'meta.json')
-    return sorted(path for path in files if os.path.isfile(path) and not path.endswith(ours))
+    paths = glob.glob(os.path.join(glob.escape(source), '**'), recursive=True)  # without hidden files
+    written_here = ('.bin', '.tmp', '.part', 'meta.json')
+    return sorted(path for path in paths if os.path.isfile(path) and not path.endswith(written_here))
 
 
 def locate_shards(row, folder, shards):
-    """Download the first shards of a dataset (0: all) and its validation shard, which comes last."""
+    """Download the first shards of a dataset (0: all), then its validation shard; return the files."""
     numbers = row['shards'][:shards] if shards else row['shards']
     urls = [row['source'] % number for number in numbers]
     if 'val' in row:
         urls.append(row['val'])
     files = {os.path.join(folder, 'download', url.rpartition('/')[2]): url for url in urls}
-    os.makedirs(folder, exist_ok=True)
-    free = shutil.disk_usage(folder).free / 1e9
-    needed = row['disk'] * sum(not os.path.exists(path) for path in files)
-    if free < needed:
-        raise UserError(f'{folder} has {free:,.1f} GB free but needs {needed:,.1f} GB: free some space')
+    missing = [path for path in files if not os.path.exists(path)]
+    check_space(folder, len(missing) * row['disk'] * 1e9)
     download(files, check=count_shard_tokens if row['source'].endswith('.bin') else None)
     return list(files)
 
@@ -390,12 +388,12 @@ PAUSES = 0.5, 1, 2, 4, 0  # seconds to wait after each failed attempt
 
 
 def download(urls, digest=None, check=None):
-    """Download {path: url} except files that exist. A file gets its path when its length is right, its sha256
-    is digest (or the one Hugging Face sends) and check(file) accepts it. Interrupted downloads resume."""
+    """Download {path: url}, except files that exist. A file gets its path when its length is right, its
+    sha256 is digest (or the one Hugging Face sends) and check(file) accepts it. Interrupted downloads resume."""
     for path, url in urls.items():
         if os.path.exists(path):
             continue
-        os.makedirs(os.path.dirname(path), exist_ok=True)
+        print(f'downloading {url}', file=sys.stderr)
         part = path + '.part'
         for attempt, pause in enumerate(PAUSES, 1):
             try:
@@ -420,13 +418,14 @@ def download(urls, digest=None, check=None):
 
 
 def fetch(url, part):
-    """Complete the file part in one attempt. Returns the sha256 that Hugging Face sends, if any."""
+    """Try once to complete the file part. Returns the sha256 if Hugging Face sends it."""
     start = os.path.getsize(part) if os.path.exists(part) else 0
     headers = {'Accept-Encoding': 'identity', 'Range': f'bytes={start}-'}
+    check_https(url)
     with requests.get(url, headers=headers, stream=True, timeout=(10, 60)) as reply:
         hops = [*reply.history, reply]
-        if not all(re.match(r'https://|http://(127\.0\.0\.1|localhost)[:/]', hop.url) for hop in hops):
-            raise UserError(f'{url} is not secure: use https')
+        for hop in hops:
+            check_https(hop.url)
         code = reply.status_code
         resumes = reply.headers.get('Content-Range', '').startswith(f'bytes {start}-')
         if start and (code == 416 or code == 206 and not resumes):
@@ -439,7 +438,8 @@ def fetch(url, part):
         if code == 200:  # the server sends the whole file
             start = 0
         length = int(reply.headers.get('Content-Length', 0))
-        progress = Progress(f'downloading {os.path.basename(part)}', length / 1e6, 'MB')
+        check_space(os.path.dirname(part), length)
+        progress = Progress(os.path.basename(part), length / 1e6, 'MB')
         with open(part, 'ab' if start else 'wb') as file:
             for block in reply.iter_content(1 << 16):
                 file.write(block)
@@ -448,6 +448,19 @@ def fetch(url, part):
                 raise requests.ConnectionError(f'received {file.tell():,} of {start + length:,} bytes')
         linked = re.fullmatch('"?([0-9a-f]{64})"?', hops[0].headers.get('X-Linked-ETag', ''))
         return linked[1] if linked else None
+
+
+def check_https(url):
+    if not re.match(r'https://|http://(127\.0\.0\.1|localhost)[:/]', url):
+        raise UserError(f'{url} is not secure: use https')
+
+
+def check_space(folder, n_bytes):
+    os.makedirs(folder, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < n_bytes:
+        raise UserError(f'{folder} has {free / 1e9:,.1f} GB free but needs {n_bytes / 1e9:,.1f} GB: '
+                        'free some disk space')
 
 
 def sha256(files):
@@ -469,6 +482,7 @@ def prepare(dataset, source='', tokenizer='', vocab_size=4096, val_fraction=0.0,
         raise UserError(f'dataset={dataset!r} has its own source: use another name, --dataset=NAME')
     if not row and not source:
         raise UserError(f'unknown dataset={dataset!r}: choose {", ".join(DATASETS)} or add --source')
+    # settings left empty come from the table
     source = source or row['source']
     tokenizer = tokenizer or row.get('tokenizer', 'gpt2')
     val_fraction = val_fraction or row.get('val_fraction', 0.1)
@@ -482,16 +496,18 @@ def prepare(dataset, source='', tokenizer='', vocab_size=4096, val_fraction=0.0,
     folder = os.path.join(DATA, dataset)
     files = locate_shards(row, folder, shards) if 'shards' in row else locate(source, folder)
     if not any(os.path.getsize(path) for path in files):
-        raise UserError(f'source={source!r} is empty')
+        raise UserError(f'source={source!r} is empty: give a text')
     spec = make_spec(tokenizer, files, vocab_size)
     tok = get_tokenizer(spec)
     if tok.n_vocab > 65536:
-        raise UserError(f'the tokenizer has {tok.n_vocab:,} tokens, but uint16 ids allow 65,536')
+        raise UserError(f'the tokenizer has {tok.n_vocab:,} tokens: use one with at most 65,536')
     dtype = np.dtype('uint8' if tok.n_vocab <= 256 else '<u2')
 
+    # write temporary files, and rename them when all are complete
     os.makedirs(folder, exist_ok=True)
-    train, val, meta = [os.path.join(folder, name) for name in ('train.bin', 'val.bin', 'meta.json')]
-    n_tokens, starts = write_tokens(read(files, 'tokens'), tok, dtype, train + '.tmp')
+    paths = [os.path.join(folder, name) for name in ('train.bin', 'val.bin', 'meta.json')]
+    train_tmp, val_tmp, meta_tmp = [path + '.tmp' for path in paths]
+    n_tokens, starts = write_tokens(read(files, 'tokens'), tok, dtype, train_tmp)
     if n_tokens < 2:
         raise UserError(f'source={source!r} has {n_tokens} tokens: give a longer text')
     if 'val' in row:
@@ -500,23 +516,23 @@ def prepare(dataset, source='', tokenizer='', vocab_size=4096, val_fraction=0.0,
         n_val = min(max(1, round(n_tokens * val_fraction)), n_tokens - 1)
     n_train = choose_split(n_tokens, n_val, starts)
     n_val = n_tokens - n_train
-    with open(train + '.tmp', 'r+b') as file, open(val + '.tmp', 'wb') as out:
+    with open(train_tmp, 'r+b') as file, open(val_tmp, 'wb') as out:
         file.seek(n_train * dtype.itemsize)
         shutil.copyfileobj(file, out)
         file.truncate(n_train * dtype.itemsize)
-    facts = dict(tokenizer=spec, vocab_size=tok.n_vocab, dtype=dtype.name, train_tokens=n_train,
-                 val_tokens=n_val, source=source, source_sha256=sha256(files))
-    with open(meta + '.tmp', 'w', encoding='utf-8') as file:
-        json.dump(facts, file)
-    for path in (train, val, meta):  # all are complete now
+    meta = dict(tokenizer=spec, vocab_size=tok.n_vocab, dtype=dtype.name, train_tokens=n_train,
+                val_tokens=n_val, source=source, source_sha256=sha256(files))
+    with open(meta_tmp, 'w', encoding='utf-8') as file:
+        json.dump(meta, file)
+    for path in paths:
         os.replace(path + '.tmp', path)
     print(f'{folder}: {n_train:,} tokens for training, {n_val:,} for validation, '
           f'vocabulary {tok.n_vocab:,} ({tokenizer}), {dtype.name}')
-    return facts
+    return meta
 
 
 def make_spec(tokenizer, files, vocab_size):
-    """The spec of a tokenizer, made from the text of the files if it is char or bpe."""
+    """The spec of a tokenizer. char and bpe are made from the text in files."""
     if tokenizer == 'char':
         seen = np.zeros(sys.maxunicode + 1, bool)
         for text, _ in read(files, 'characters'):
@@ -530,18 +546,18 @@ def make_spec(tokenizer, files, vocab_size):
         for text, _ in read(files, 'words'):
             words.update(regex.findall(SPLIT, text))
             n_chars += len(text)
-            if n_chars > 100e6:  # enough to learn the merges, and it bounds memory
+            if n_chars > 100e6:  # more text would cost memory and hardly change the merges
                 break
         return dict(type='bpe', split=SPLIT, merges=train_bpe(words, vocab_size - 257))
     if tokenizer.startswith('sp:'):
         with open(tokenizer.removeprefix('sp:'), 'rb') as file:
             return dict(type='sp', model=base64.b64encode(file.read()).decode())
-    if not tokenizer.endswith(('.json', 'meta.pkl')):
-        return dict(type=tokenizer)
     if tokenizer.endswith('.json'):
         spec = read_json(tokenizer).get('tokenizer')
-    else:
+    elif tokenizer.endswith('meta.pkl'):
         spec = nanogpt_tokenizer(os.path.dirname(tokenizer))
+    else:
+        return dict(type=tokenizer)
     if not spec:
         raise UserError(f'tokenizer={tokenizer} does not exist or holds no tokenizer')
     return spec
@@ -550,11 +566,11 @@ def make_spec(tokenizer, files, vocab_size):
 def write_tokens(pieces, tok, dtype, path):
     """Write the ids of all pieces, tok.eot between documents. Returns how many, and where documents start."""
     separator = np.array([] if tok.eot is None else [tok.eot], dtype)
-    starts = array('q')  # the first document is left out
+    starts = array('q')  # of all documents but the first
     n_tokens = 0
     document_ended = False
     with open(path, 'wb') as file:
-        for ids, ends_document in encode(pieces, tok):
+        for ids, ends_document in encode_pieces(pieces, tok):
             if document_ended and len(ids):
                 separator.tofile(file)
                 n_tokens += len(separator)
@@ -567,18 +583,18 @@ def write_tokens(pieces, tok, dtype, path):
     return n_tokens, starts
 
 
-def encode(pieces, tok):
+def encode_pieces(pieces, tok):
     """Yield (ids, ends_document). tiktoken releases the GIL, so threads use all cores."""
     with ThreadPoolExecutor() as pool:
         while batch := list(islice(pieces, 64)):
             texts, ends = zip(*batch, strict=True)
-            if isinstance(texts[0], str):
+            if isinstance(texts[0], str):  # shards hold ids already
                 texts = pool.map(tok.encode, texts)
             yield from zip(texts, ends, strict=True)
 
 
 def choose_split(n_tokens, n_val, starts):
-    """The size of train.bin: all but n_val tokens, or up to a document's start within n_val / 2 of that."""
+    """How many tokens to train on: all but the last n_val, or up to the nearest document within n_val / 2."""
     target = n_tokens - n_val
     nearest = min(starts, key=lambda start: abs(start - target), default=target)
     return nearest if abs(nearest - target) <= n_val / 2 else target
@@ -592,14 +608,17 @@ def load_dataset(dataset):
     sizes of the bins, but not their ids: prepare does that."""
     folder = os.path.join(DATA, dataset)
     path = os.path.join(folder, 'meta.json')
-    bins = {split: os.path.join(folder, f'{split}.bin') for split in ('train', 'val')}
-    sizes = {split: os.path.getsize(bin) for split, bin in bins.items() if os.path.exists(bin)}
+    bins = {}
+    sizes = {}
+    for split in ('train', 'val'):
+        bins[split] = os.path.join(folder, f'{split}.bin')
+        sizes[split] = os.path.getsize(bins[split]) if os.path.exists(bins[split]) else 0
     advice = f'run python prepare.py --dataset={dataset}'
     if dataset not in DATASETS:
         advice += ' --source=FILE_OR_FOLDER_OR_URL'
     if os.path.exists(path):
         meta = read_json(path)
-    elif len(sizes) == 2 and not os.path.exists(path + '.tmp'):
+    elif all(sizes.values()) and not os.path.exists(path + '.tmp'):
         spec = nanogpt_tokenizer(folder) or dict(type='gpt2')
         n_vocab = len(spec['chars']) if spec['type'] == 'char' else GPT2_VOCAB
         meta = dict(tokenizer=spec, vocab_size=n_vocab, dtype='uint16',
@@ -618,9 +637,8 @@ def load_dataset(dataset):
         raise UserError(f'{path} is damaged ({type(error).__name__}: {error}): {advice}') from None
     for split, bin in bins.items():
         expected = meta[f'{split}_tokens'] * width
-        if sizes.get(split, 0) != expected:
-            size = sizes.get(split, 0)
-            raise UserError(f'{bin} holds {size:,} bytes but meta.json says {expected:,}: {advice}')
+        if sizes[split] != expected:
+            raise UserError(f'{bin} holds {sizes[split]:,} bytes but meta.json says {expected:,}: {advice}')
     return meta, bins
 
 
@@ -638,7 +656,7 @@ def read_json(path):
     return content
 
 
-class PlainUnpickler(pickle._Unpickler):  # in Python, as the one in C can take gigabytes for a damaged file
+class PlainUnpickler(pickle._Unpickler):  # the C version may allocate gigabytes for a damaged file
     """Loads dicts, lists, strings and numbers. A pickle that refers to nothing else cannot run code."""
     def find_class(self, module, name):
         raise pickle.UnpicklingError(f'it refers to {module}.{name}')
