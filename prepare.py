@@ -388,8 +388,8 @@ PAUSES = 0.5, 1, 2, 4, 0  # seconds to wait after each failed attempt
 
 
 def download(urls, digest=None, check=None):
-    """Download {path: url}, except files that exist. A file gets its path when its length is right, its
-    sha256 is digest (or the one Hugging Face sends) and check(file) accepts it. Interrupted downloads resume."""
+    """Download {path: url}, except files that exist. Interrupted downloads resume from path.part. A file gets
+    its path when its length is right, its sha256 is digest (or the server's) and check accepts it."""
     for path, url in urls.items():
         if os.path.exists(path):
             continue

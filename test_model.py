@@ -571,6 +571,9 @@ def test_bins_and_windows_hold_the_text(tmp_path, data):
         (train, val), meta = stored(tmp_path / 'many')
         assert meta['dtype'] == dtype and train + val == list(range(n)) * 3
         assert load_dataset(str(tmp_path / 'many'))[0] == meta
+        for wrong in (dict(vocab_size=n + 1), dict(dtype='int8'), dict(train_tokens=-1)):
+            (tmp_path / 'many' / 'meta.json').write_text(json.dumps(meta | wrong))
+            refuses('meta.json is damaged', load_dataset, str(tmp_path / 'many'))
 
 
 class Server(http.server.BaseHTTPRequestHandler):
@@ -660,7 +663,7 @@ def test_large_datasets_come_in_shards(server, tmp_path, monkeypatch, gpt2_files
     assert set(Server.asked.values()) == {1}
     before = {p: p.read_bytes() for p in tmp_path.glob('*.*')}
     (tmp_path / 'download' / 'fine-3.bin').unlink()
-    for damaged in (shard(ids[3])[:-2], b'\0' * 5000, b''):
+    for damaged in (shard(ids[3])[:-2], b'\0' + shard(ids[3])[1:], b''):
         Server.files['fine-3.bin'] = damaged
         refuses('fine-3.bin.*not a whole shard', prepare.prepare, str(tmp_path))
     usage = shutil.disk_usage(tmp_path)
