@@ -405,9 +405,8 @@ def download(urls, digest=None, check=None):
                                     'again to resume') from None
                 time.sleep(pause)
         expected = digest or linked
-        actual = sha256([part])
         try:
-            if expected and actual != expected:
+            if expected and expected != (actual := sha256([part])):
                 raise UserError(f'its sha256 is {actual}, not {expected}')
             if check:
                 check(part)
