@@ -159,7 +159,7 @@ def _memory_advice(settings):
     if 'activation_checkpointing' in settings:
         advice = f'--activation_checkpointing=True, or {advice}'
     batch_size = settings.get('batch_size', 1)
-    if batch_size == 1:
+    if batch_size < 2:
         return advice
     smaller = max(n for n in range(1, batch_size) if batch_size % n == 0)
     if 'gradient_accumulation_steps' not in settings:
