@@ -64,9 +64,9 @@ tokenizer = 'gpt2'  # prepare: 'char', 'gpt2' or 'bpe'
 megabytes = 32      # prepare: size of the text
 # quality
 source = ''         # loss: a text or a val.bin; hellaswag: its file, '': download it
-stride = 0          # loss: tokens between the starts of two windows; 0: half a window
+stride = 0          # loss: tokens from the start of one window to the next; 0: half a window
 # loss curves
-runs = ''           # folders of runs, each with or without a name: out-a,Muon=out-b
+runs = ''           # folders of runs, with or without a label: out-a,Muon=out-b
 axis = 'steps'      # horizontal axis: 'steps', 'tokens' or 'seconds'
 plot = ''           # picture to write, such as curves.png; '': draw in the terminal
 # system
@@ -78,7 +78,7 @@ quantize = ''       # 'int8': 8-bit weights, for all tasks but train
 
 HELLASWAG = 'https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl'
 
-# With --vs, bench.py runs itself. This variable tells a child process to measure the rival.
+# With --vs, bench.py starts itself as child processes. Those that measure the rival get its name here.
 rival = os.environ.get('BENCH_RIVAL', '')
 rank = int(os.environ.get('RANK', 0))
 world_size = int(os.environ.get('WORLD_SIZE', 1))
@@ -88,7 +88,7 @@ world_size = int(os.environ.get('WORLD_SIZE', 1))
 
 
 def rank_0_first(function, *args):
-    """Call a function that may download: on rank 0, then on the others, which find the files."""
+    """Call a function that may download: rank 0 downloads, then the other ranks find the files."""
     if rank > 0:
         dist.barrier()
     result = function(*args)
@@ -98,7 +98,7 @@ def rank_0_first(function, *args):
 
 
 def load_model():
-    """The model to measure, and the spec of its tokenizer, which random models lack."""
+    """The model to measure, and its tokenizer's spec: None where the weights are random."""
     if init_from:
         checkpoint = rank_0_first(load_checkpoint, init_from)
         return GPT.from_checkpoint(checkpoint, dropout=dropout), checkpoint['tokenizer']
@@ -117,7 +117,7 @@ def load_model():
 
 
 def time_rounds(work):
-    """The seconds that work takes, measured repeatedly."""
+    """Call work repeats times, and return the seconds that each call takes."""
     synchronize = getattr(torch, device_type).synchronize
     seconds = []
     for _ in range(repeats):
@@ -130,17 +130,17 @@ def time_rounds(work):
 
 
 def peak_memory():
-    """The most bytes in use so far, on the GPU or by this process; 0: unknown."""
+    """The most bytes in use so far, on the GPU or by this process; nan where unknown."""
     if device_type == 'cuda':
         return torch.cuda.max_memory_allocated()
     if sys.platform != 'linux':
-        return 0
+        return math.nan
     import resource
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def measure_training():
-    """Steps of training on random tokens."""
+    """Time training steps on random tokens."""
     if quantize:
         raise UserError(f'quantize={quantize}: 8-bit weights cannot be trained, leave it out')
     model, _ = load_model()
@@ -148,7 +148,7 @@ def measure_training():
     config = model.config
     train_dtype = resolve_dtype(dtype, device, width=config.n_embd)
     if rival and device_type != 'cuda':
-        train_dtype = 'float32'  # nanoGPT uses others on CUDA only
+        train_dtype = 'float32'  # nanoGPT's choice
     hyperparameters = 0.1, 6e-4, (0.9, 0.95)  # weight decay, learning rate, betas
     if rival:
         optimizers = [model.configure_optimizers(*hyperparameters, device_type)]
@@ -169,7 +169,7 @@ def measure_training():
     x, y = torch.randint(config.vocab_size, (2, *shape), device=device)
 
     def train(count):
-        """The work of train.py's steps."""
+        """Take steps that do the same work as train.py's."""
         for _ in range(count):
             with autocast:
                 _, loss = model(x, y)
@@ -195,7 +195,7 @@ def measure_training():
 
 
 def measure_generation():
-    """Writing text: the first token, which includes reading the prompt, and the others."""
+    """Time the first token, which includes reading the prompt, and the others."""
     model, _ = load_model()
     model_dtype = resolve_dtype(dtype, device)
     compiled = device_type != 'mps' if compile == 'auto' else compile
@@ -209,7 +209,7 @@ def measure_generation():
         options |= dict(min_new_tokens=new_tokens, do_sample=True, pad_token_id=0)
 
     def write():
-        """The time at the start and after each token. A rival returns all tokens at once."""
+        """Return the time at the start and after each token; a rival yields all tokens at once."""
         times = [time.perf_counter()]
         tokens = model.generate(idx, **options)
         for token in [tokens] if rival else tokens:
@@ -217,7 +217,7 @@ def measure_generation():
             times.append(time.perf_counter())
         return times
 
-    write()  # compiles
+    write()  # compile outside the measurement
     rounds = [write() for _ in range(repeats)]
     result = dict(dtype=model_dtype, weights=sum(p.nbytes for p in model.parameters()))
     result['tokens_per_second'] = [rows * new_tokens / (t[-1] - t[0]) for t in rounds]
@@ -228,7 +228,7 @@ def measure_generation():
 
 
 def measure_tokenizing():
-    """MB per second from text to bins. The text is the embedded one, repeated."""
+    """Measure MB per second from text to bins. The embedded text is repeated to fill megabytes."""
     with open(SHAKESPEARE, encoding='utf-8') as f:
         text = f.read()
     size = megabytes * 1_000_000
@@ -248,7 +248,7 @@ def measure_tokenizing():
 
 
 def compare():
-    """The task in child processes, for this code and for the rival, interleaved."""
+    """Measure this code and the rival, interleaved, each time in a new process."""
     if task not in ('train', 'generate', 'prepare') or init_from or world_size > 1:
         raise UserError(f'vs={vs} is for train, generate and prepare, without init_from or torchrun')
     is_hf = vs == 'transformers' and task == 'generate'
@@ -269,7 +269,7 @@ def compare():
             for side in results:
                 medians[side][name] = statistics.median(result[name] for result in results[side])
             ours, theirs = medians['ours'][name], medians['theirs'][name]
-            print(f'{name}: {ours:,.1f} to {theirs:,.1f}, ratio {ours / theirs:.2f}')
+            print(f'{name}: ours {ours:,.1f}, theirs {theirs:,.1f}, ratio {ours / theirs:.2f}')
     return medians
 
 
@@ -277,7 +277,7 @@ def compare():
 
 
 def load_for_evaluation():
-    """The model, its tokenizer, and the spec that describes this tokenizer."""
+    """The trained model, its tokenizer and the tokenizer's spec."""
     if not init_from:
         raise UserError(f'task={task} needs a trained model: add --init_from=gpt2, for example')
     model, spec = load_model()
@@ -290,12 +290,14 @@ def load_for_evaluation():
 
 @torch.no_grad()
 def score_hellaswag():
-    """How often the right one of four endings has the lowest loss, summed over its tokens (acc) or
-    averaged (acc_norm; published: gpt2 0.2945, gpt2-medium 0.3752, -large 0.4320, -xl 0.4889)."""
+    """Accuracy: the model chooses the ending with the lowest loss, summed over its tokens (acc) or
+    averaged (acc_norm). Published acc_norm: gpt2 0.2945, medium 0.3752, large 0.4320, xl 0.4889."""
     model, tok, _ = load_for_evaluation()
     path = rank_0_first(locate, source or HELLASWAG, os.path.join(DATA, task), {}, 0)[0]
     with open(path, encoding='utf-8') as f:
         lines = list(f)
+    if not lines:
+        raise UserError(f'source={source!r} is empty: name a file of HellaSwag')
     correct = torch.zeros(2)
     progress = Progress(task, len(lines), 'items')
     for number in range(rank, len(lines), world_size):
@@ -305,13 +307,14 @@ def score_hellaswag():
             endings = [tok.encode(f' {ending}').tolist() for ending in item['endings']]
             label = range(len(endings)).index(item['label'])
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f'{path}, line {number + 1}: no ctx, endings and label') from None
+            raise UserError(f'{path}, line {number + 1}: not an item with ctx, endings and label') from None
         inputs, targets = [], []
         for ending in endings:  # a long context loses its beginning
             ids = torch.tensor((context + ending)[-model.config.block_size - 1:])
+            target = ids[1:].clone()
+            target[:-len(ending)] = -1  # scores only the ending
             inputs.append(ids[:-1])
-            targets.append(ids[1:].clone())
-            targets[-1][:-len(ending)] = -1  # the context is not scored
+            targets.append(target)
         x = pad_sequence(inputs, batch_first=True).to(device)
         y = pad_sequence(targets, batch_first=True, padding_value=-1).to(device)
         logits = model(x)[0].transpose(1, 2).float()
@@ -321,11 +324,8 @@ def score_hellaswag():
         progress(number)
     if world_size > 1:
         dist.all_reduce(correct)
-    result = dict(items=len(lines))
-    for name, p in zip(('acc', 'acc_norm'), (correct / len(lines)).tolist(), strict=True):
-        result[name] = p
-        result[name + '_stderr'] = math.sqrt(p * (1 - p) / (len(lines) - 1))
-    return result
+    acc, acc_norm = (correct / len(lines)).tolist()
+    return dict(items=len(lines), acc=acc, acc_norm=acc_norm)
 
 
 def read_ids(tok, spec):
@@ -336,7 +336,8 @@ def read_ids(tok, spec):
             raise UserError(f"source={source} is not in the model's tokens: name its text instead")
         return np.fromfile(source, meta['dtype'])
     parts = [np.array([], np.uint16)]
-    for text, ends_document in read(locate(source, os.path.join(DATA, task), {}, 0), 'tokens'):
+    files = rank_0_first(locate, source, os.path.join(DATA, task), {}, 0)
+    for text, ends_document in read(files, 'tokens'):
         parts.append(tok.encode(text))
         if ends_document and tok.eot is not None:
             parts.append([tok.eot])
@@ -346,10 +347,10 @@ def read_ids(tok, spec):
 
 @torch.no_grad()
 def score_text():
-    """The loss of every token of a text but the first. Windows start stride tokens apart, and each
-    scores what the one before did not reach: a smaller stride gives more context, and takes longer."""
+    """Loss of every token of a text except the first. Windows start stride tokens apart, and each
+    scores the tokens after the previous one. A smaller stride gives them more context."""
     model, tok, spec = load_for_evaluation()
-    ids = rank_0_first(read_ids, tok, spec)
+    ids = read_ids(tok, spec)
     count = len(ids) - 1
     if count < 1:
         raise UserError(f'source={source!r} has {len(ids)} tokens, nothing to predict')
@@ -365,7 +366,7 @@ def score_text():
         window = torch.from_numpy(window).to(device)
         targets = window[1:].clone()
         if i > 0:
-            targets[:starts[i - 1] + size - starts[i]] = -1
+            targets[:starts[i - 1] + size - starts[i]] = -1  # the previous window scores these
         _, loss = model(window[None, :-1], targets[None])
         total += loss.item() * (targets >= 0).sum().item()
         progress(i)
@@ -381,11 +382,11 @@ def score_text():
 
 
 def read_run(folder, axis):
-    """The losses that log.jsonl holds: {'train': [(x, loss), ...], 'val': [(x, loss), ...]}."""
+    """The losses in a run's log.jsonl: {'train': [(x, loss), ...], 'val': [(x, loss), ...]}."""
     points = dict(train=[], val=[])
     x = 'iter' if axis == 'steps' else axis
     with open(os.path.join(folder, 'log.jsonl'), encoding='utf-8') as f:
-        entries = [json.loads(line) for line in f if line.endswith('}\n')]  # skips cut lines
+        entries = [json.loads(line) for line in f if line.endswith('}\n')]  # whole lines
     for entry in entries:
         for split, y in (('train', 'loss'), ('val', 'val_loss')):
             if y in entry and x not in entry:
@@ -398,14 +399,14 @@ def read_run(folder, axis):
 
 
 def draw_curves():
-    """The val losses of runs against axis. Returns the lowest of each run."""
+    """Draw the losses of runs, and return the best val loss of each."""
     if not runs:
         raise UserError('task=curves needs runs: add --runs=out-a,out-b, for example')
     curves = {}
     for run in runs.split(','):
         name, _, path = run.rpartition('=')
         curves[name or path] = read_run(path, axis)
-    # the first loss is so high that it would leave no room for the others
+    # a scale that includes the first evaluation would flatten the others
     losses = [y for points in curves.values() for _, y in points['val'][1:] or points['val']]
     margin = (max(losses) - min(losses)) / 20 or 0.1
     draw = draw_picture if plot else draw_in_terminal
@@ -414,6 +415,7 @@ def draw_curves():
 
 
 def draw_picture(curves, low, high):
+    """Write a picture of val and train losses between low and high."""
     figure, axes = optional('matplotlib.pyplot', f'plot={plot}').subplots(figsize=(8, 5))
     for number, (name, points) in enumerate(curves.items()):
         for split, style in (('train', dict(alpha=0.3)), ('val', dict(marker='o', label=name))):
@@ -427,6 +429,7 @@ def draw_picture(curves, low, high):
 
 
 def draw_in_terminal(curves, low, high, width=70, height=20):
+    """Print val losses between low and high, one letter for each run."""
     rows = [[' '] * width for _ in range(height)]
     end = max(x for points in curves.values() for x, _ in points['val']) or 1
     for letter, (name, points) in zip('abcdefghijklmnopqrstuvwxyz', curves.items(), strict=False):
@@ -439,7 +442,8 @@ def draw_in_terminal(curves, low, high, width=70, height=20):
         y = high - (high - low) * number / (height - 1)
         print(f'{y:8.3f}|{"".join(row).rstrip()}')
     print(f'val loss+{"-" * width}')
-    print(f'{"0":>10}' + ''.join(f'{end * i / 4:>17,.0f}' for i in (1, 2, 3, 4)) + f'\n{axis:>78}')
+    ticks = [f'{end * i / 4:>17,.0f}' for i in (1, 2, 3, 4)]
+    print(f'{"0":>10}{"".join(ticks)}\n{axis:>78}')
 
 
 # -- main ---------------------------------------------------------------------
@@ -469,7 +473,7 @@ if __name__ == '__main__':
 
     result = compare() if vs else TASKS[task]()
     for name, value in result.items():
-        if isinstance(value, list):  # repeated measurements
+        if isinstance(value, list):  # of repeated measurements
             result[name] = statistics.median(value)
             print(f'{name:<20}{result[name]:,.2f}, median of {len(value)}, '
                   f'{min(value):,.2f} to {max(value):,.2f}')

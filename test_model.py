@@ -1405,7 +1405,6 @@ def test_hellaswag_scores_are_those_of_transformers(tmp_path, gpt2_files, capsys
     (tmp_path / 'x.jsonl').write_text(''.join(lines))
     result = benched(capsys, '--task=hellaswag', f'--init_from={tmp_path}', f'--source={tmp_path}/x.jsonl')
     assert [result['items'], result['acc'], result['acc_norm']] == pytest.approx([60, *correct / 60])
-    assert result['acc_stderr'] == pytest.approx(math.sqrt(result['acc'] * (1 - result['acc']) / 59))
 
 
 @torch.no_grad()
@@ -1413,7 +1412,8 @@ def test_the_loss_of_a_text_is_that_of_every_token(run, data, capsys, tmp_path):
     """Each token counts once, with the context of the first window that reaches it."""
     gpt = GPT.from_checkpoint(load_checkpoint(str(run)), dropout=0.0).eval()
     (_, val), meta = stored(data)
-    assert benched(capsys, '--task=loss', f'--init_from={run}', f'--source={data}/val.bin')['tokens'] == len(val) - 1
+    result = benched(capsys, '--task=loss', f'--init_from={run}', f'--source={data}/val.bin')
+    assert result['tokens'] == len(val) - 1
     val = val[:203]
     (tmp_path / 'x.txt').write_bytes(get_tokenizer(meta['tokenizer']).decode_bytes(val))
     for stride in (1, 5, 16):
@@ -1422,12 +1422,14 @@ def test_the_loss_of_a_text_is_that_of_every_token(run, data, capsys, tmp_path):
             begin = max(0, math.ceil((i - 16) / stride)) * stride
             begin = min(begin, len(val) - 1 - 16)  # the last window ends with the text
             loss -= gpt(torch.tensor([val[begin:i]]))[0][0, -1].log_softmax(-1)[val[i]].item() / 202
-        result = benched(capsys, '--task=loss', f'--init_from={run}', f'--source={tmp_path}/x.txt', f'--stride={stride}')
+        result = benched(capsys, '--task=loss', f'--init_from={run}', f'--source={tmp_path}/x.txt',
+                         f'--stride={stride}')
         assert [result[key] for key in ('tokens', 'loss', 'perplexity', 'bits_per_byte')] == pytest.approx(
             [202, loss, math.exp(loss), loss / math.log(2)], rel=1e-4)  # each character is one byte
 
 
-BENCH_SHAPE = '--n_layer=1 --n_head=2 --n_embd=32 --block_size=16 --vocab_size=64 --warmup=1 --repeats=1'.split()
+BENCH_SHAPE = ['--n_layer=1', '--n_head=2', '--n_embd=32', '--block_size=16', '--vocab_size=64',
+               '--warmup=1', '--repeats=1']
 
 
 def test_bench_measures(capsys):
@@ -1525,7 +1527,7 @@ def bad(tmp_path_factory, run, data):
     ('sample.py', '--out_dir={bad}', 'there is no such checkpoint'),
     ('bench.py', '--task=train --vs={tmp}/none --device=cpu', 'no model.py in this folder'),
     ('bench.py', '--task=curves --runs={tmp}', 'No such file.*log.jsonl'),
-    ('bench.py', '--task=hellaswag --init_from={run} --source={bad}/bad.jsonl', 'bad.jsonl, line 1: no ctx'),
+    ('bench.py', '--task=hellaswag --init_from={run} --source={bad}/bad.jsonl', 'line 1: not an item with'),
     ('bench.py', '--task=loss --init_from={run} --source={data}/val.bin --stride=17', 'use at most 16'),
     ('bench.py', '--task=loss --init_from={run} --source={bad}/file', 'nothing to predict'),
 ])
