@@ -9,8 +9,8 @@ $ python bench.py --task=hellaswag --init_from=gpt2  # commonsense accuracy
 $ python bench.py --task=loss --init_from=gpt2 --source=book.txt
 $ python bench.py --task=curves --runs=out-a,out-b --axis=seconds
 
-The last line of the output is the result as JSON. Under torchrun, train measures
-DDP, and the processes share the work of hellaswag and loss.
+The last line of the output is the result as JSON. Under torchrun, train
+measures DDP, and the processes share the work of hellaswag and loss.
 """
 import contextlib
 import io
