@@ -78,11 +78,6 @@ quantize = ''       # 'int8': 8-bit weights, for all tasks but train
 
 HELLASWAG = 'https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl'
 
-# With --vs, bench.py starts itself as child processes. Those that measure the rival get its name here.
-rival = os.environ.get('BENCH_RIVAL', '')
-rank = int(os.environ.get('RANK', 0))
-world_size = int(os.environ.get('WORLD_SIZE', 1))
-
 
 # -- speed --------------------------------------------------------------------
 
@@ -458,6 +453,10 @@ if __name__ == '__main__':
           "optimizer in ('adamw', 'muon')", "tokenizer in ('char', 'gpt2', 'bpe')",
           "axis in ('steps', 'tokens', 'seconds')", "quantize in ('', 'int8')",
           "compile in (True, False, 'auto')")
+    # With --vs, this script starts child processes. Those that measure the rival find its name here.
+    rival = os.environ.get('BENCH_RIVAL', '')
+    rank = int(os.environ.get('RANK', 0))
+    world_size = int(os.environ.get('WORLD_SIZE', 1))
     device = resolve_device(device)
     device_type = device.partition(':')[0]
     machine = f'{device}, {torch.get_num_threads()} threads'
