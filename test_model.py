@@ -8,6 +8,7 @@ import contextlib
 import gzip
 import hashlib
 import http.server
+import importlib.util
 import json
 import math
 import os
@@ -1420,91 +1421,107 @@ def benched(capsys, *args):
 
 
 @torch.no_grad()
-def test_hellaswag_is_scored_as_one_by_one(tmp_path, gpt2_files, capsys):
-    """Contexts and their keys shared in batches give the scores that transformers gives, each ending alone; of a
-    context that is too long for the window, the end counts."""
-    theirs, file = hugging_face(tmp_path, vocab_size=50257, n_positions=24), tmp_path / 'x.jsonl'
-    tok, words, rng = get_tokenizer(dict(type='gpt2')), TEXT.split(), np.random.default_rng(0)
-    some = lambda most: ' '.join(words[i] for i in rng.integers(len(words), size=rng.integers(1, most)))  # noqa: E731
-    items = [dict(ctx=some(20), endings=[some(5) for _ in range(4)], label=int(rng.integers(4))) for _ in range(100)]
-    file.write_text(''.join(json.dumps(item) + '\n' for item in items))
-    longest = max(len(tok.encode(f' {e}')) for item in items for e in item['endings'])
-    right = np.zeros(2)
-    for item in items:
-        context, sums, means = tok.encode(item['ctx']).tolist()[-(25 - longest):], [], []
-        for ending in item['endings']:
-            ids = tok.encode(f' {ending}').tolist()
-            logp = theirs(torch.tensor([[*context, *ids[:-1]]])).logits[0, len(context) - 1:].log_softmax(-1)
-            sums.append(-sum(logp[range(len(ids)), ids]).item())
-            means.append(sums[-1] / len(ids))
-        right += [np.argmin(sums) == item['label'], np.argmin(means) == item['label']]
-    for batch_size in (1, 16):
-        got = benched(capsys, '--task=hellaswag', f'--init_from={tmp_path}', f'--source={file}',
-                      f'--batch_size={batch_size}')
-        assert [got['items'], got['acc'], got['acc_norm']] == pytest.approx([100, *right / 100])
-        assert got['acc_stderr'] == pytest.approx(math.sqrt(got['acc'] * (1 - got['acc']) / 99))
+def test_hellaswag_scores_are_those_of_transformers(tmp_path, gpt2_files, capsys):
+    """An ending's loss follows its context, which loses its beginning where both exceed the window."""
+    theirs = hugging_face(tmp_path, vocab_size=50257, n_positions=24)
+    tok = get_tokenizer(dict(type='gpt2'))
+    words = TEXT.split()
+    rng = np.random.default_rng(0)
+    correct = np.zeros(2)
+    lines = []
+    for _ in range(60):
+        lengths = [rng.integers(1, 20), *rng.integers(1, 6, size=4)]
+        context, *endings = (' '.join(rng.choice(words, length)) for length in lengths)
+        label = int(rng.integers(4))
+        lines.append(json.dumps(dict(ctx=context, endings=endings, label=label)) + '\n')
+        sums, means = [], []
+        for ending in endings:
+            ending = tok.encode(f' {ending}').tolist()
+            ids = [*tok.encode(context).tolist(), *ending][-25:]
+            logp = theirs(torch.tensor([ids[:-1]])).logits[0, -len(ending):].log_softmax(-1)
+            sums.append(-logp[range(len(ending)), ending].sum().item())
+            means.append(sums[-1] / len(ending))
+        correct += [np.argmin(sums) == label, np.argmin(means) == label]
+    (tmp_path / 'x.jsonl').write_text(''.join(lines))
+    result = benched(capsys, '--task=hellaswag', f'--init_from={tmp_path}', f'--source={tmp_path}/x.jsonl')
+    assert [result['items'], result['acc'], result['acc_norm']] == pytest.approx([60, *correct / 60])
 
 
 @torch.no_grad()
 def test_the_loss_of_a_text_is_that_of_every_token(run, data, capsys, tmp_path):
-    """Each token from the window that reaches it first, one by one: the same loss, perplexity and bits per byte."""
-    gpt, (_, val), meta = GPT.from_checkpoint(load_checkpoint(str(run)), dropout=0.0).eval(), *stored(data)
-    whole = benched(capsys, '--task=loss', f'--init_from={run}', f'--source={data}/val.bin')
-    assert whole['tokens'] == len(val) - 1
+    """Each token counts once, with the context of the first window that reaches it."""
+    gpt = GPT.from_checkpoint(load_checkpoint(str(run)), dropout=0.0).eval()
+    (_, val), meta = stored(data)
+    result = benched(capsys, '--task=loss', f'--init_from={run}', f'--source={data}/val.bin')
+    assert result['tokens'] == len(val) - 1
     val = val[:203]
     (tmp_path / 'x.txt').write_bytes(get_tokenizer(meta['tokenizer']).decode_bytes(val))
     for stride in (1, 5, 16):
         loss = 0
         for i in range(1, len(val)):
-            begin = max(0, math.ceil((i - 16) / stride)) * stride  # the first window of 16 with i behind or in it
-            begin = min(begin, len(val) - 1 - 16)
+            begin = max(0, math.ceil((i - 16) / stride)) * stride
+            begin = min(begin, len(val) - 1 - 16)  # the last window ends with the text
             loss -= gpt(torch.tensor([val[begin:i]]))[0][0, -1].log_softmax(-1)[val[i]].item() / 202
-        got = benched(capsys, '--task=loss', f'--init_from={run}', f'--source={tmp_path}/x.txt', f'--stride={stride}')
-        assert [got[key] for key in ('tokens', 'loss', 'perplexity', 'bits_per_byte')] == pytest.approx(
-            [202, loss, math.exp(loss), loss / math.log(2)], rel=1e-4)  # a byte a character here
+        result = benched(capsys, '--task=loss', f'--init_from={run}', f'--source={tmp_path}/x.txt',
+                         f'--stride={stride}')
+        assert [result[key] for key in ('tokens', 'loss', 'perplexity', 'bits_per_byte')] == pytest.approx(
+            [202, loss, math.exp(loss), loss / math.log(2)], rel=1e-4)  # each character is one byte
+
+
+BENCH_SHAPE = ['--n_layer=1', '--n_head=2', '--n_embd=32', '--block_size=16', '--vocab_size=64',
+               '--warmup=1', '--repeats=1']
 
 
 def test_bench_measures(capsys):
-    shape = '--n_layer=1 --n_head=2 --n_embd=32 --block_size=16 --vocab_size=64 --warmup=1 --repeats=1'.split()
-    result = benched(capsys, *shape, '--task=train', '--batch_size=2', '--steps=2')
-    assert result['tokens_per_second'] == pytest.approx(32 / result['step_ms'] * 1000) and result['memory'] > 1e7
-    got = benched(capsys, *shape, '--task=generate', '--prompt=4', '--new_tokens=9', '--compile=False',
-                  '--quantize=int8', '--dtype=float32')
-    assert got['weights'] == 12 * 32 ** 2 + 64 * 32 + 4 * 3 * 32 and got['decode_per_second'] > 0  # one byte a weight
+    """Rates agree with times, flags change the model, and int8 weights take one byte each."""
+    result = benched(capsys, *BENCH_SHAPE, '--task=train', '--batch_size=2', '--steps=2')
+    assert result['tokens_per_second'] == pytest.approx(32 / result['step_ms'] * 1000)
+    assert result['memory'] > 1e7
+    generate = [*BENCH_SHAPE, '--task=generate', '--prompt=4', '--new_tokens=9', '--compile=False']
+    plain = benched(capsys, *generate, '--dtype=float32')
+    assert plain['decode_per_second'] > 0 and plain['first_token_ms'] > 0
+    assert plain['weights'] - benched(capsys, *generate, '--rope=True')['weights'] == 4 * 16 * 32  # wpe
+    matrices = 12 * 32 ** 2
+    head = 64 * 32  # a matrix of its own when it is int8
+    assert plain['weights'] - benched(capsys, *generate, '--quantize=int8')['weights'] == 3 * matrices - head
     assert benched(capsys, '--task=prepare', '--megabytes=1', '--repeats=1', '--tokenizer=char')['char'] > 0
 
 
 def test_curves(run, capsys, tmp_path):
-    """Steps, tokens and time as the log has them; drawn with characters, or as a picture where there is matplotlib."""
-    curves, log = bench.read_run(str(run)), losses(run)
-    assert [(p[0] - 1, p[3]) for p in curves['train']] == [(e[0], e[1]) for e in log if e[1] is not None]
-    assert [(p[0], p[3]) for p in curves['val']] == [(e[0], e[3]) for e in log if e[3] is not None]
-    assert [p[1] for p in curves['val']] == pytest.approx([0, 3 * 128, 6 * 128]) and curves['val'][-1][2] > 0
-    best = benched(capsys, '--task=curves', f'--runs={run},{run}')[str(run)]
-    assert best == min(p[3] for p in curves['val'])
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        refuses('pip install matplotlib', main, 'bench.py', '--task=curves', f'--runs={run}', '--plot=x.png')
-    else:
+    """The points are those of log.jsonl, drawn in the terminal or, with matplotlib, as a picture."""
+    entries = [json.loads(line) for line in (run / 'log.jsonl').read_text().splitlines()]
+    for axis, key in (('steps', 'iter'), ('tokens', 'tokens'), ('seconds', 'seconds')):
+        curves = bench.read_run(str(run), axis)
+        assert curves['train'] == [(e[key], e['loss']) for e in entries if 'loss' in e]
+        assert curves['val'] == [(e[key], e['val_loss']) for e in entries if 'val_loss' in e]
+    assert [x for x, _ in bench.read_run(str(run), 'tokens')['val']] == [0, 3 * 128, 6 * 128]
+    result = benched(capsys, '--task=curves', f'--runs=mine={run},{run}')
+    assert result['mine'] == result[str(run)] == min(e['val_loss'] for e in entries if 'val_loss' in e)
+    main('bench.py', '--task=curves', f'--runs={run},{run}', '--axis=seconds')
+    assert max(map(len, capsys.readouterr().out.split('{"task"')[0].splitlines())) <= 80
+    if importlib.util.find_spec('matplotlib'):
         main('bench.py', '--task=curves', f'--runs={run}', f'--plot={tmp_path}/x.png')
         assert (tmp_path / 'x.png').read_bytes().startswith(b'\x89PNG')
+    else:
+        refuses('pip install matplotlib', main, 'bench.py', '--task=curves', f'--runs={run}', '--plot=x.png')
+    (tmp_path / 'log.jsonl').write_text('{"iter": 0, "val_loss": 2.0}\n')
+    refuses("has no 'seconds': it was written by an older version", bench.read_run, str(tmp_path), 'seconds')
 
 
 def test_bench_against_a_rival(tmp_path, capsys):
-    """Both do the same work in processes of their own; the ratio is that of the medians."""
-    (tmp_path / 'model.py').write_text(f'''
+    """The rival's model.py is what runs, in a process of its own."""
+    (tmp_path / 'model.py').write_text(f"""
 import sys
 sys.path.insert(0, {str(HERE)!r})
 from model import GPT as Ours, GPTConfig
 class GPT(Ours):
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        open({str(tmp_path / 'called')!r}, 'w').close()
         return super().configure_optimizers('adamw', weight_decay, learning_rate, betas)['adamw']
-''')
-    shape = '--n_layer=1 --n_head=2 --n_embd=32 --block_size=16 --vocab_size=64 --warmup=1 --repeats=1'.split()
-    got = benched(capsys, *shape, '--batch_size=2', '--steps=2', f'--vs={tmp_path}')
-    assert got['ours'].keys() == got['theirs'].keys() == {'tokens_per_second', 'memory'}
-    refuses('there is no nanoGPT in it', main, 'bench.py', f'--rival={tmp_path}/none', '--device=cpu')
+""")
+    result = benched(capsys, *BENCH_SHAPE, '--batch_size=2', '--steps=2', f'--vs={tmp_path}')
+    assert (tmp_path / 'called').exists()
+    assert result['ours'].keys() == result['theirs'].keys() == {'tokens_per_second', 'memory'}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1543,9 +1560,11 @@ def bad(tmp_path_factory, run, data):
     ('prepare.py', '--dataset={tmp}/x --source={bad}/latin1.txt --tokenizer=char', 'not UTF-8'),
     ('prepare.py', '--dataset={tmp}/x --source={bad}/bad.jsonl --tokenizer=char', 'line 2: not JSON with'),
     ('sample.py', '--out_dir={bad}', 'there is no such checkpoint'),
-    ('bench.py', '--task=train --rival={tmp}/none --device=cpu', 'there is no nanoGPT in it'),
-    ('bench.py', '--task=loss --init_from={run} --source={data}/val.bin --stride=17', 'windows of 16, and'),
-    ('bench.py', '--task=loss --init_from={run} --source={bad}/file', 'there is nothing to predict'),
+    ('bench.py', '--task=train --vs={tmp}/none --device=cpu', 'no model.py in this folder'),
+    ('bench.py', '--task=curves --runs={tmp}', 'No such file.*log.jsonl'),
+    ('bench.py', '--task=hellaswag --init_from={run} --source={bad}/bad.jsonl', 'line 1: not an item with'),
+    ('bench.py', '--task=loss --init_from={run} --source={data}/val.bin --stride=17', 'use at most 16'),
+    ('bench.py', '--task=loss --init_from={run} --source={bad}/file', 'nothing to predict'),
 ])
 def test_bad_input_is_one_line_and_harms_nothing(script, args, message, bad, run, data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
