@@ -17,6 +17,7 @@ import io
 import json
 import math
 import os
+import re
 import runpy
 import shutil
 import statistics
@@ -55,6 +56,7 @@ relu2 = False
 vs = ''             # rival to compare with: a checkout of nanoGPT, or for generate 'transformers'
 batch_size = 0      # sequences side by side; 0: 1 for generate, otherwise 8
 repeats = 5         # number of measurements; their median is reported
+profile = False     # train, generate: print where the time goes, and write trace.json
 optimizer = 'adamw'  # train: 'adamw' or 'muon'
 warmup = 3          # train: steps before the first measurement
 steps = 5           # train: steps in a measurement
@@ -66,7 +68,7 @@ megabytes = 32      # prepare: size of the text
 source = ''         # loss: a text or a val.bin; hellaswag: its file, '': download it
 stride = 0          # loss: tokens from the start of one window to the next; 0: half a window
 # loss curves
-runs = ''           # folders of runs, with or without a label: out-a,Muon=out-b
+runs = ''           # folders of runs, or files with nanoGPT's output: out-a,nanoGPT=log.txt
 axis = 'steps'      # horizontal axis: 'steps', 'tokens' or 'seconds'
 plot = ''           # picture to write, such as curves.png; '': draw in the terminal
 # system
@@ -122,6 +124,16 @@ def time_rounds(work):
         synchronize()
         seconds.append(time.perf_counter() - begin)
     return seconds
+
+
+def print_profile(work):
+    """Call work once more, and print which operations take its time."""
+    with torch.profiler.profile() as profiler:
+        work()
+    order = 'self_cpu_time_total' if device_type == 'cpu' else 'self_device_time_total'
+    table = profiler.key_averages().table(sort_by=order, row_limit=20, max_name_column_width=40)
+    print(table)
+    profiler.export_chrome_trace('trace.json')
 
 
 def peak_memory():
@@ -180,6 +192,8 @@ def measure_training():
 
     train(warmup)
     step_ms = [1000 * seconds / steps for seconds in time_rounds(partial(train, steps))]
+    if profile:
+        print_profile(partial(train, steps))
     rates = [world_size * x.numel() / ms * 1000 for ms in step_ms]
     result = dict(dtype=train_dtype, compile=compiled, processes=world_size, step_ms=step_ms,
                   tokens_per_second=rates, memory=peak_memory())
@@ -214,6 +228,8 @@ def measure_generation():
 
     write()  # compile outside the measurement
     rounds = [write() for _ in range(repeats)]
+    if profile:
+        print_profile(write)
     result = dict(dtype=model_dtype, weights=sum(p.nbytes for p in model.parameters()))
     result['tokens_per_second'] = [rows * new_tokens / (t[-1] - t[0]) for t in rounds]
     if not rival and new_tokens > 1:
@@ -288,7 +304,7 @@ def score_hellaswag():
     """Accuracy: the model chooses the ending with the lowest loss, summed over its tokens (acc) or
     averaged (acc_norm). Published acc_norm: gpt2 0.2945, medium 0.3752, large 0.4320, xl 0.4889."""
     model, tok, _ = load_for_evaluation()
-    path = rank_0_first(locate, source or HELLASWAG, os.path.join(DATA, task), {}, 0)[0]
+    path = rank_0_first(locate, source or HELLASWAG, os.path.join(DATA, task))[0]
     with open(path, encoding='utf-8') as f:
         lines = list(f)
     if not lines:
@@ -331,7 +347,7 @@ def read_ids(tok, spec):
             raise UserError(f"source={source} is not in the model's tokens: name its text instead")
         return np.fromfile(source, meta['dtype'])
     parts = [np.array([], np.uint16)]
-    files = rank_0_first(locate, source, os.path.join(DATA, task), {}, 0)
+    files = rank_0_first(locate, source, os.path.join(DATA, task))
     for text, ends_document in read(files, 'tokens'):
         parts.append(tok.encode(text))
         if ends_document and tok.eot is not None:
@@ -376,20 +392,37 @@ def score_text():
 # -- loss curves --------------------------------------------------------------
 
 
-def read_run(folder, axis):
-    """The losses in a run's log.jsonl: {'train': [(x, loss), ...], 'val': [(x, loss), ...]}."""
+def read_nanogpt_output(path):
+    """The entries that log.jsonl would have, from what nanoGPT printed with log_interval=1."""
+    entries = []
+    seconds = 0
+    with open(path, encoding='utf-8') as f:
+        for line in f:
+            if match := re.match(r'step (\d+): train loss .*, val loss ([\d.]+)', line):
+                entries.append(dict(iter=int(match[1]), val_loss=float(match[2]), seconds=seconds))
+            elif match := re.match(r'iter (\d+): loss ([\d.]+), time ([\d.]+)ms', line):
+                seconds += float(match[3]) / 1000
+                entries.append(dict(iter=int(match[1]), loss=float(match[2]), seconds=seconds))
+    return entries
+
+
+def read_run(path, axis):
+    """The losses of a run: {'train': [(x, loss), ...], 'val': [(x, loss), ...]}, x as the axis says."""
+    if os.path.isfile(path):
+        entries = read_nanogpt_output(path)
+    else:
+        with open(os.path.join(path, 'log.jsonl'), encoding='utf-8') as f:
+            entries = [json.loads(line) for line in f if line.endswith('}\n')]  # whole lines
     points = dict(train=[], val=[])
     x = 'iter' if axis == 'steps' else axis
-    with open(os.path.join(folder, 'log.jsonl'), encoding='utf-8') as f:
-        entries = [json.loads(line) for line in f if line.endswith('}\n')]  # whole lines
     for entry in entries:
         for split, y in (('train', 'loss'), ('val', 'val_loss')):
             if y in entry and x not in entry:
-                raise UserError(f'{folder} has no {x!r}: it was written by an older version')
+                raise UserError(f'{path} does not say {x!r}: use another axis')
             if y in entry and math.isfinite(entry[y]):
                 points[split].append((entry[x], entry[y]))
     if not points['val']:
-        raise UserError(f'{folder} has no evaluation yet')
+        raise UserError(f'{path} has no evaluation yet')
     return points
 
 

@@ -1505,7 +1505,7 @@ def test_curves(run, capsys, tmp_path):
     else:
         refuses('pip install matplotlib', main, 'bench.py', '--task=curves', f'--runs={run}', '--plot=x.png')
     (tmp_path / 'log.jsonl').write_text('{"iter": 0, "val_loss": 2.0}\n')
-    refuses("has no 'seconds': it was written by an older version", bench.read_run, str(tmp_path), 'seconds')
+    refuses("does not say 'seconds': use another axis", bench.read_run, str(tmp_path), 'seconds')
 
 
 def test_bench_against_a_rival(tmp_path, capsys):
