@@ -1,22 +1,23 @@
 """
-Measure a model, or this machine with it.
+Measure how fast this code is, and how good a model is.
 
-$ python bench.py --task=train                                    # a training step of GPT-2 124M
-$ python bench.py --task=generate --init_from=gpt2                # time to the first token, and rate of the others
-$ python bench.py --task=prepare                                  # tokenizers
-$ python bench.py --task=generate --vs=../nanoGPT                 # and the same with another code, in turn
-$ python bench.py --task=hellaswag --init_from=gpt2               # how often it picks the sensible ending of four
-$ python bench.py --task=loss --init_from=gpt2 --source=book.txt --stride=512   # perplexity and bits per byte
-$ python bench.py --task=curves --runs=out-a,out-b --plot=curves.png            # their losses by step, tokens and time
+$ python bench.py --task=train                       # train GPT-2 124M
+$ python bench.py --task=generate --quantize=int8
+$ python bench.py --task=prepare --tokenizer=gpt2
+$ python bench.py --task=generate --vs=../nanoGPT    # both, interleaved
+$ python bench.py --task=hellaswag --init_from=gpt2  # commonsense accuracy
+$ python bench.py --task=loss --init_from=gpt2 --source=book.txt
+$ python bench.py --task=curves --runs=out-a,out-b --axis=seconds
 
-The last line is the result as JSON. Under torchrun, train measures DDP, hellaswag and loss are shared among the GPUs.
+The last line of the output is the result as JSON. Under torchrun, train
+measures DDP, and the processes share the work of hellaswag and loss.
 """
 import contextlib
 import io
-import itertools
 import json
 import math
 import os
+import re
 import runpy
 import shutil
 import statistics
@@ -31,25 +32,17 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.nn.utils.rnn import pad_sequence
 
-from configurator import UserError, check, configure, keep_memory, optional, resolve
-from model import GPT, GPTConfig, load_checkpoint
+from configurator import UserError, check, configure, keep_memory, optional, resolve_device, resolve_dtype
+from model import GPT, config_from_settings, load_checkpoint, optimize_for_generation
 from prepare import DATA, SHAKESPEARE, Progress, get_tokenizer, load_dataset, locate, prepare, read
-from train import autocast_for, backward, compile_problem, compiled, leave, peak_flops, update
+from train import exit_together, peak_flops
 
-task = 'train'     # train: a training step; generate; prepare: tokenizing; hellaswag, loss: how good a model is; curves
-vs = ''            # measure a checkout of nanoGPT in this folder too, or for generate 'transformers', and the ratio
-init_from = ''     # the model: out-mine, x/ckpt.pt, gpt2, gpt2-xl, ...; '': a random one, of this shape
-source = ''        # hellaswag: its file, if not to be downloaded; loss: a text, or the val.bin of a dataset
-runs = ''          # curves: the folders of runs, with commas between
-plot = ''          # curves: the picture to draw (needs matplotlib); '': with characters, here
-stride = 0         # loss: a window begins so many tokens after the last; 0: half of its length
-prompt = 32        # generate: tokens to begin with
-new_tokens = 128   # generate: tokens to write
-megabytes = 32     # prepare: of text
-tokenizer = ''     # prepare: 'char', 'gpt2' or 'bpe', which nanoGPT has not; '': all of them
-batch_size = 0     # windows in a step, texts written side by side, or HellaSwag's items; 0: 8, for generate 1
-block_size = 1024  # tokens in a window
+task = 'train'      # 'train', 'generate', 'prepare', 'hellaswag', 'loss' or 'curves'
+# model
+init_from = ''      # a run's folder, a checkpoint, or gpt2-xl; '': random weights of this shape
+block_size = 1024   # tokens in a sequence
 n_layer = 12
 n_head = 12
 n_embd = 768
@@ -59,39 +52,71 @@ bias = False
 rope = False
 qk_norm = False
 relu2 = False
-optimizer = 'adamw'  # train: or 'muon'
-warmup = 3         # train: steps before the clock starts
-steps = 5          # train: steps in a measurement
-repeats = 5        # measurements: their median counts
-profile = False    # train, generate: where the time goes, as a table, and as a trace in trace.json
+# speed
+vs = ''             # rival to compare with: a checkout of nanoGPT, or for generate 'transformers'
+batch_size = 0      # sequences side by side; 0: 1 for generate, otherwise 8
+repeats = 5         # number of measurements; their median is reported
+profile = False     # train, generate: print where the time goes, and write trace.json
+optimizer = 'adamw'  # train: 'adamw' or 'muon'
+warmup = 3          # train: steps before the first measurement
+steps = 5           # train: steps in a measurement
+prompt = 32         # generate: tokens in the prompt
+new_tokens = 128    # generate: tokens to write
+tokenizer = 'gpt2'  # prepare: 'char', 'gpt2' or 'bpe'
+megabytes = 32      # prepare: size of the text
+# quality
+source = ''         # loss: a text or a val.bin; hellaswag: its file, '': download it
+stride = 0          # loss: tokens from the start of one window to the next; 0: half a window
+# loss curves
+runs = ''           # folders of runs, or files with nanoGPT's output: out-a,nanoGPT=log.txt
+axis = 'steps'      # horizontal axis: 'steps', 'tokens' or 'seconds'
+plot = ''           # picture to write, such as curves.png; '': draw in the terminal
+# system
 seed = 1337
-device = 'auto'    # 'cpu', 'cuda', 'cuda:1', 'mps'; auto: the best there is
-dtype = 'auto'     # 'float32', 'bfloat16', 'float16'; auto: what the device is good at, hellaswag and loss: float32
-compile = 'auto'   # torch.compile: True, False; auto: on CUDA, and to generate on a CPU
-quantize = ''      # generate, loss, hellaswag: 'int8' weights
-rival = ''         # what --vs gives to its own processes
+device = 'auto'     # 'cpu', 'cuda', 'cuda:1', 'mps'; auto: the best available
+dtype = 'auto'      # 'float32', 'bfloat16', 'float16'; auto: the fastest, for quality float32
+compile = 'auto'    # torch.compile: True, False; auto: on CUDA, and for generate on a CPU
+quantize = ''       # 'int8': 8-bit weights, for all tasks but train
 
 HELLASWAG = 'https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl'
-COMPARED = ('tokens_per_second', 'memory', 'char', 'gpt2')  # with --vs
-PUBLISHED = 'gpt2 0.2945, gpt2-medium 0.3752, gpt2-large 0.4320, gpt2-xl 0.4889'  # acc_norm, measured in this way
 
 
-def peak_memory(device):
-    """The most memory that was in use, in bytes: the GPU's, or this process's."""
-    if device.startswith('cuda'):
-        return torch.cuda.max_memory_allocated()
-    if device == 'mps':
-        return torch.mps.driver_allocated_memory()
-    if os.path.exists('/proc/self/status'):  # what getrusage says includes the process that started this one
-        with open('/proc/self/status') as f:
-            return next(int(line.split()[1]) for line in f if line.startswith('VmHWM')) * 1024
-    import resource  # not on Windows
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+# -- speed --------------------------------------------------------------------
 
 
-def seconds_of(work, repeats, device):
-    """How long work took, each time."""
-    synchronize, seconds = getattr(torch, device.partition(':')[0]).synchronize, []
+def rank_0_first(function, *args):
+    """Call a function that may download: rank 0 downloads, then the other ranks find the files."""
+    if rank > 0:
+        dist.barrier()
+    result = function(*args)
+    if rank == 0 and world_size > 1:
+        dist.barrier()
+    return result
+
+
+def load_model():
+    """The model to measure, and its tokenizer's spec: None where the weights are random."""
+    if init_from:
+        checkpoint = rank_0_first(load_checkpoint, init_from)
+        return GPT.from_checkpoint(checkpoint, dropout=dropout), checkpoint['tokenizer']
+    config = config_from_settings(settings)
+    if not rival:
+        return GPT(config), None
+    if rival == 'transformers':
+        hf = optional('transformers', 'vs=transformers')
+        hf_config = hf.GPT2Config(**vars(config), n_positions=config.block_size,
+                                  bos_token_id=0, eos_token_id=0)
+        return hf.GPT2LMHeadModel(hf_config), None
+    nanogpt = runpy.run_path(os.path.join(rival, 'model.py'))
+    fields = nanogpt['GPTConfig'].__dataclass_fields__
+    args = {name: value for name, value in vars(config).items() if name in fields}
+    return nanogpt['GPT'](nanogpt['GPTConfig'](**args)), None
+
+
+def time_rounds(work):
+    """Call work repeats times, and return the seconds that each call takes."""
+    synchronize = getattr(torch, device_type).synchronize
+    seconds = []
     for _ in range(repeats):
         synchronize()
         begin = time.perf_counter()
@@ -101,414 +126,391 @@ def seconds_of(work, repeats, device):
     return seconds
 
 
-def spread(values, unit, digits=1, steps=''):
-    """Their median, and between which values it lies."""
-    low, median, high = (f'{f(values):,.{digits}f}' for f in (min, statistics.median, max))
-    return f'{median} {unit}: median of {len(values)}{steps} ({low} to {high})'
-
-
-def matmul_rate(device, dtype):
-    """Floating point operations a second in products of large matrices: the most that this machine does."""
-    n = 2048 if device == 'cpu' else 8192
-    a = torch.randn(n, n, device=device, dtype=getattr(torch, dtype))
-    return 2 * n ** 3 / min(seconds_of(lambda: a @ a, 8, device))
-
-
-def read_rate(device):
-    """Bytes a second that it reads from memory: of a sum and of dot products, the faster."""
-    x = torch.ones(2 ** 27, device=device)
-    ways = (x.sum, lambda: torch.bmm(x.view(8, 1, -1)[:, :, :4096], x.view(8, -1, 4096).transpose(1, 2)))
-    return x.nbytes / min(s for way in ways for s in seconds_of(way, 8, device))
-
-
-def show_profile(work):
-    """Where the time goes, by operation."""
+def print_profile(work):
+    """Call work once more, and print which operations take its time."""
     with torch.profiler.profile() as profiler:
         work()
-    order = 'self_cpu_time_total' if not torch.cuda.is_available() else 'self_device_time_total'
-    print(profiler.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=60))
+    order = 'self_cpu_time_total' if device_type == 'cpu' else 'self_device_time_total'
+    table = profiler.key_averages().table(sort_by=order, row_limit=20, max_name_column_width=40)
+    print(table)
     profiler.export_chrome_trace('trace.json')
-    print('trace.json shows it over time, in chrome://tracing or ui.perfetto.dev')
 
 
-def their_model(folder, config):
-    """nanoGPT's model of the same shape."""
-    try:
-        module = runpy.run_path(os.path.join(folder, 'model.py'))
-        GPT, GPTConfig = module['GPT'], module['GPTConfig']
-    except (OSError, KeyError) as error:
-        raise UserError(f'vs={folder}: there is no nanoGPT in it ({error})') from None
-    return GPT(GPTConfig(**{k: v for k, v in vars(config).items() if k in GPTConfig.__dataclass_fields__}))
+def peak_memory():
+    """The most bytes in use so far, on the GPU or by this process; nan where unknown."""
+    if device_type == 'cuda':
+        return torch.cuda.max_memory_allocated()
+    if sys.platform != 'linux':
+        return math.nan
+    import resource
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def training(model, rival, batch_size, block_size, optimizer, warmup, steps, repeats, device, dtype, compile, world,
-             profile):
-    """What a training step on random tokens takes."""
-    device_type, config = device.partition(':')[0], model.config
-    flops, block_size = model.flops_per_token(), min(block_size, config.block_size)
+def measure_training():
+    """Time training steps on random tokens."""
+    if quantize:
+        raise UserError(f'quantize={quantize}: 8-bit weights cannot be trained, leave it out')
+    model, _ = load_model()
+    model.to(device).train()
+    config = model.config
+    train_dtype = resolve_dtype(dtype, device, width=config.n_embd)
+    if rival and device_type != 'cuda':
+        train_dtype = 'float32'  # nanoGPT's choice
+    hyperparameters = 0.1, 6e-4, (0.9, 0.95)  # weight decay, learning rate, betas
     if rival:
-        model = their_model(rival, config).to(device)
-        dtype = dtype if device_type == 'cuda' else 'float32'  # all that its train.py does elsewhere
-        optimizers = dict(adamw=model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device_type))
+        optimizers = [model.configure_optimizers(*hyperparameters, device_type)]
     else:
-        optimizers = model.configure_optimizers(optimizer, 0.1, 6e-4, (0.9, 0.95))
-    if compile:
-        model = compiled(model, by_block=device == 'cpu' and not rival)
-    if world > 1:
-        model = DDP(model, [device] if device_type == 'cuda' else None, gradient_as_bucket_view=True)
-    batch = torch.randint(config.vocab_size, (2, batch_size, block_size), device=device)
-    autocast, scaler = autocast_for(device, dtype), torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
-    if compile and (problem := compile_problem(model, batch, autocast)):
-        raise UserError(f'{problem}: measure with --compile=False')
+        optimizers = model.configure_optimizers(optimizer, *hyperparameters).values()
+        flops_per_token = model.flops_per_token()
+    compiled = device_type == 'cuda' if compile == 'auto' else compile
+    if compiled and device_type == 'cpu' and not rival:
+        model.compile_blocks()
+    elif compiled:
+        model = torch.compile(model)
+    if world_size > 1:
+        device_ids = [device] if device_type == 'cuda' else None
+        model = DDP(model, device_ids, gradient_as_bucket_view=True)
+    autocast = torch.autocast(device_type, getattr(torch, train_dtype), train_dtype != 'float32')
+    scaler = torch.amp.GradScaler(device_type, enabled=train_dtype == 'float16')
+    shape = batch_size or 8, min(block_size, config.block_size)
+    x, y = torch.randint(config.vocab_size, (2, *shape), device=device)
 
-    def work(count=steps):
+    def train(count):
+        """Take steps that do the same work as train.py's."""
         for _ in range(count):
-            update(model, optimizers, scaler, backward(model, optimizers, scaler, [batch], 1.0, autocast)[1])
-    work(warmup)
-    seconds = [s / steps for s in seconds_of(work, repeats, device)]
-    memory, median, tokens = peak_memory(device), statistics.median(seconds), batch_size * block_size * world
-    known = peak_flops(device, dtype)
-    rate, ceiling = flops * tokens / median, (known or matmul_rate(device, dtype)) * world
-    print(f'{batch_size} x {block_size} tokens, {world} processes, {dtype}, compile={compile}')
-    print('step   ', spread([s * 1000 for s in seconds], 'ms', 2, f' x {steps} steps after {warmup}'))
-    print(f'tokens  {tokens / median:,.0f}/s')
-    print(f'FLOPs   {rate / 1e9:,.0f} G/s, {rate / ceiling:.1%} of',
-          'its data sheet' if known else 'what large products reach here')
-    print(f'memory  {memory / 2**30:.2f} GiB at most')
-    if profile and world == 1:
-        show_profile(work)
-    return dict(seconds=median, step_ms=median * 1000, tokens_per_second=tokens / median, flops=rate,
-                of_peak=rate / ceiling, memory=memory, processes=world)
+            with autocast:
+                _, loss = model(x, y)
+            scaler.scale(loss).backward()
+            for opt in optimizers:
+                scaler.unscale_(opt)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            norm.item()  # waits for the GPU, as train.py does to notice an overflow
+            for opt in optimizers:
+                scaler.step(opt)
+            scaler.update()
+            model.zero_grad(set_to_none=True)
 
-
-def generating(model, rival, batch_size, prompt, new_tokens, repeats, device, dtype, compile, profile):
-    """What it takes to write: the first token with the reading of the prompt, and the rate of those after it."""
-    config, spans, options = model.config, [], dict(max_new_tokens=new_tokens, temperature=0.8, top_k=200)
-    idx = torch.randint(min(config.vocab_size, 50257), (batch_size, prompt), device=device)
-    if rival == 'transformers':
-        hf = optional('transformers', 'vs=transformers')
-        model = hf.GPT2LMHeadModel(hf.GPT2Config(**vars(config), n_positions=config.block_size, bos_token_id=0,
-                                                 eos_token_id=0))
-        options |= dict(attention_mask=torch.ones_like(idx), min_new_tokens=new_tokens, do_sample=True, pad_token_id=0)
-    elif rival:
-        model = their_model(rival, config)
-    else:
-        options['compile'] = compile
-    if rival:
-        model.to(device, getattr(torch, dtype)).eval()
-
-    def work():
-        begin, tokens = time.perf_counter(), model.generate(idx, **options)
-        if not rival:  # ours come one by one
-            next(tokens).tolist()
-            first = time.perf_counter()
-            for token in tokens:
-                token.tolist()
-            spans.append((first - begin, time.perf_counter() - first))
-    work()
-    rates = [new_tokens * batch_size / s for s in seconds_of(work, repeats, device)]
-    result = dict(tokens_per_second=statistics.median(rates))
-    print(f'{batch_size} x {new_tokens} tokens after {prompt}, {dtype}, compile={compile}')
-    print('in all        ', spread(rates, 'tokens/s'))
-    if not rival and new_tokens > 1:
-        first, rest = map(statistics.median, zip(*spans[1:], strict=True))
-        weights = sum(p.nbytes for name, p in model.named_parameters(remove_duplicate=False)
-                      if '.wte' not in name and '.wpe' not in name)  # of which a row is read; the head is named apart
-        step, bandwidth = rest / (new_tokens - 1), read_rate(device)
-        print(f'first token    {first * 1000:,.1f} ms')
-        print(f'the others     {batch_size / step:,.1f} tokens/s, {step * 1000:,.2f} ms a step')
-        print(f'memory         {weights / step / 1e9:,.1f} GB/s of weights, {weights / step / bandwidth:.1%} of '
-              f'what this machine reads ({bandwidth / 1e9:,.1f} GB/s)')
-        result |= dict(first_token_ms=first * 1000, decode_per_second=batch_size / step, weights=weights,
-                       read_rate=bandwidth, of_bandwidth=weights / step / bandwidth)
+    train(warmup)
+    step_ms = [1000 * seconds / steps for seconds in time_rounds(partial(train, steps))]
     if profile:
-        show_profile(work)
+        print_profile(partial(train, steps))
+    rates = [world_size * x.numel() / ms * 1000 for ms in step_ms]
+    result = dict(dtype=train_dtype, compile=compiled, processes=world_size, step_ms=step_ms,
+                  tokens_per_second=rates, memory=peak_memory())
+    peak = peak_flops(device, train_dtype)
+    if peak and not rival:
+        result['mfu'] = flops_per_token * statistics.median(rates) / (peak * world_size)
     return result
 
 
-def preparing(rival, megabytes, tokenizer, repeats):
-    """How fast text becomes tokens, from file to files: the embedded text, again and again."""
-    result = {}
-    with open(SHAKESPEARE, encoding='utf-8') as f, tempfile.TemporaryDirectory() as folder:
-        text, path = f.read(), os.path.join(folder, 'input.txt')
-        with open(path, 'w', encoding='utf-8') as out:
-            out.write((text * math.ceil(megabytes * 1e6 / len(text)))[:int(megabytes * 1e6)])
+def measure_generation():
+    """Time the first token, which includes reading the prompt, and the others."""
+    model, _ = load_model()
+    model_dtype = resolve_dtype(dtype, device)
+    compiled = device_type != 'mps' if compile == 'auto' else compile
+    if not rival:
+        optimize_for_generation(model, quantize == 'int8', compiled)
+    model.to(device, getattr(torch, model_dtype)).eval()
+    rows = batch_size or 1
+    idx = torch.randint(min(model.config.vocab_size, 50257), (rows, prompt), device=device)
+    options = dict(max_new_tokens=new_tokens, temperature=0.8, top_k=200)
+    if rival == 'transformers':
+        options |= dict(min_new_tokens=new_tokens, do_sample=True, pad_token_id=0)
 
-        def tokenize(name):
-            with contextlib.redirect_stdout(io.StringIO()):
-                if rival:  # a script that reads the input.txt beside it
-                    script = os.path.join('data', 'shakespeare_char' if name == 'char' else 'shakespeare', 'prepare.py')
-                    runpy.run_path(shutil.copy(os.path.join(rival, script), folder))
-                else:
-                    prepare(os.path.join(folder, 'ours'), path, name)
+    def write():
+        """Return the time at the start and after each token; a rival yields all tokens at once."""
+        times = [time.perf_counter()]
+        tokens = model.generate(idx, **options)
+        for token in [tokens] if rival else tokens:
+            token.tolist()  # waits for the GPU
+            times.append(time.perf_counter())
+        return times
 
-        for name in [tokenizer] if tokenizer else ['char', 'gpt2'] + ['bpe'] * (not rival):
-            rates = [megabytes / s for s in seconds_of(partial(tokenize, name), repeats, 'cpu')]
-            print(f'{name:5}', spread(rates, 'MB/s'))
-            result[name] = statistics.median(rates)
+    write()  # compile outside the measurement
+    rounds = [write() for _ in range(repeats)]
+    if profile:
+        print_profile(write)
+    result = dict(dtype=model_dtype, weights=sum(p.nbytes for p in model.parameters()))
+    result['tokens_per_second'] = [rows * new_tokens / (t[-1] - t[0]) for t in rounds]
+    if not rival and new_tokens > 1:
+        result['first_token_ms'] = [1000 * (t[1] - t[0]) for t in rounds]
+        result['decode_per_second'] = [rows * (new_tokens - 1) / (t[-1] - t[1]) for t in rounds]
     return result
 
 
-def read_hellaswag(path, tok, block_size):
-    """Its items as [(ids of the context, ids of each ending, number of the right one)], the shortest contexts first."""
-    items = []
+def measure_tokenizing():
+    """Measure MB per second from text to bins. The embedded text is repeated to fill megabytes."""
+    with open(SHAKESPEARE, encoding='utf-8') as f:
+        text = f.read()
+    size = megabytes * 1_000_000
+    text = (text * (size // len(text) + 1))[:size]
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, 'input.txt')
+        with open(path, 'w', encoding='utf-8') as f:
+            f.write(text)
+        work = partial(prepare, os.path.join(folder, 'ours'), path, tokenizer)
+        if rival:  # its script reads the input.txt beside it
+            dataset = 'shakespeare_char' if tokenizer == 'char' else 'shakespeare'
+            script = os.path.join(rival, 'data', dataset, 'prepare.py')
+            work = partial(runpy.run_path, shutil.copy(script, folder))
+        with contextlib.redirect_stdout(io.StringIO()):
+            seconds = time_rounds(work)
+    return {tokenizer: [megabytes / s for s in seconds]}
+
+
+def compare():
+    """Measure this code and the rival, interleaved, each time in a new process."""
+    if task not in ('train', 'generate', 'prepare') or init_from or world_size > 1:
+        raise UserError(f'vs={vs} is for train, generate and prepare, without init_from or torchrun')
+    is_hf = vs == 'transformers' and task == 'generate'
+    if not is_hf and not os.path.exists(os.path.join(vs, 'model.py')):
+        raise UserError(f'vs={vs}: no model.py in this folder: name a checkout of nanoGPT')
+    command = [sys.executable, __file__, *sys.argv[1:], '--vs=', '--repeats=1']
+    results = dict(ours=[], theirs=[])
+    for _ in range(repeats):
+        for side in results:
+            env = os.environ | dict(BENCH_RIVAL=vs if side == 'theirs' else '')
+            child = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True)
+            if child.returncode:
+                raise UserError(f'vs={vs}: measuring {side} failed, for the reason above')
+            results[side].append(json.loads(child.stdout.splitlines()[-1]))
+    medians = dict(ours={}, theirs={})
+    for name in ('tokens_per_second', 'memory', 'char', 'gpt2', 'bpe'):
+        if name in results['ours'][0]:
+            for side in results:
+                medians[side][name] = statistics.median(result[name] for result in results[side])
+            ours, theirs = medians['ours'][name], medians['theirs'][name]
+            print(f'{name}: ours {ours:,.1f}, theirs {theirs:,.1f}, ratio {ours / theirs:.2f}')
+    return medians
+
+
+# -- quality ------------------------------------------------------------------
+
+
+def load_for_evaluation():
+    """The trained model, its tokenizer and the tokenizer's spec."""
+    if not init_from:
+        raise UserError(f'task={task} needs a trained model: add --init_from=gpt2, for example')
+    model, spec = load_model()
+    if quantize:
+        optimize_for_generation(model, int8=True)
+    model_dtype = 'float32' if dtype == 'auto' else resolve_dtype(dtype, device)
+    model.to(device, getattr(torch, model_dtype)).eval()
+    return model, rank_0_first(get_tokenizer, spec), spec
+
+
+@torch.no_grad()
+def score_hellaswag():
+    """Accuracy: the model chooses the ending with the lowest loss, summed over its tokens (acc) or
+    averaged (acc_norm). Published acc_norm: gpt2 0.2945, medium 0.3752, large 0.4320, xl 0.4889."""
+    model, tok, _ = load_for_evaluation()
+    path = rank_0_first(locate, source or HELLASWAG, os.path.join(DATA, task))[0]
     with open(path, encoding='utf-8') as f:
-        for number, line in enumerate(f, 1):
-            try:
-                item = json.loads(line)
-                context, endings, label = item['ctx'], item['endings'], item['label']
-                items.append((tok.encode(context).tolist(), [tok.encode(f' {e}').tolist() for e in endings], label))
-                if label not in range(len(endings)) or not items[-1][0]:
-                    raise ValueError
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise UserError(f'{path}, line {number}: not an item with a ctx, endings and a label') from None
-    room = block_size + 1 - max((len(ids) for _, endings, _ in items for ids in endings), default=0)
-    if room < 1:
-        raise UserError(f'{path} has endings of {block_size + 1 - room} tokens, and the model sees {block_size}: take '
-                        'one with a larger block_size')
-    return sorted(((context[-room:], endings, label) for context, endings, label in items), key=lambda i: len(i[0]))
+        lines = list(f)
+    if not lines:
+        raise UserError(f'source={source!r} is empty: name a file of HellaSwag')
+    correct = torch.zeros(2)
+    progress = Progress(task, len(lines), 'items')
+    for number in range(rank, len(lines), world_size):
+        try:
+            item = json.loads(lines[number])
+            context = tok.encode(item['ctx']).tolist()
+            endings = [tok.encode(f' {ending}').tolist() for ending in item['endings']]
+            label = range(len(endings)).index(item['label'])
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f'{path}, line {number + 1}: not an item with ctx, endings and label') from None
+        inputs, targets = [], []
+        for ending in endings:  # a long context loses its beginning
+            ids = torch.tensor((context + ending)[-model.config.block_size - 1:])
+            target = ids[1:].clone()
+            target[:-len(ending)] = -1  # scores only the ending
+            inputs.append(ids[:-1])
+            targets.append(target)
+        x = pad_sequence(inputs, batch_first=True).to(device)
+        y = pad_sequence(targets, batch_first=True, padding_value=-1).to(device)
+        logits = model(x)[0].transpose(1, 2).float()
+        losses = F.cross_entropy(logits, y, ignore_index=-1, reduction='none').sum(dim=1)
+        means = losses / (y >= 0).sum(dim=1)
+        correct += torch.tensor([losses.argmin() == label, means.argmin() == label])
+        progress(number)
+    if world_size > 1:
+        dist.all_reduce(correct)
+    acc, acc_norm = (correct / len(lines)).tolist()
+    return dict(items=len(lines), acc=acc, acc_norm=acc_norm)
+
+
+def read_ids(tok, spec):
+    """The ids of the source: a text, or the val.bin of a dataset with this tokenizer."""
+    if source.endswith('.bin'):
+        meta, _ = load_dataset(os.path.dirname(os.path.abspath(source)))
+        if meta['tokenizer'] != spec:
+            raise UserError(f"source={source} is not in the model's tokens: name its text instead")
+        return np.fromfile(source, meta['dtype'])
+    parts = [np.array([], np.uint16)]
+    files = rank_0_first(locate, source, os.path.join(DATA, task))
+    for text, ends_document in read(files, 'tokens'):
+        parts.append(tok.encode(text))
+        if ends_document and tok.eot is not None:
+            parts.append([tok.eot])
+    ids = np.concatenate(parts)
+    return ids if tok.eot is None else ids[:-1]  # nothing follows the last document
 
 
 @torch.no_grad()
-def ending_losses(model, contexts, endings, device):
-    """-log p of all tokens of each ending, summed: (items, endings). Contexts of one length go through the model once,
-    then every ending beside the others on the keys and values that they have left."""
-    width, longest = len(contexts[0]), max(len(ids) for item in endings for ids in item)
-    cache = model.empty_cache(len(contexts), width - 1 + longest)
-    if width > 1:  # the context's last token predicts an ending's first, so it goes with the endings
-        model.hidden(torch.tensor(contexts, device=device)[:, :-1], cache)
-    cache = [layer.repeat_interleave(len(endings[0]), dim=1) for layer in cache]
-    rows = torch.tensor([[context[-1], *ids] + [-1] * (longest - len(ids))
-                         for context, item in zip(contexts, endings, strict=True) for ids in item], device=device)
-    logits = model.lm_head(model.hidden(rows[:, :-1].clamp(min=0), cache, width - 1))
-    losses = F.cross_entropy(logits.float().transpose(1, 2), rows[:, 1:], ignore_index=-1, reduction='none')
-    return losses.sum(dim=1).view(len(contexts), -1).cpu()
-
-
-def hellaswag(model, checkpoint, files, batch_size, device, rank, world):
-    """How often the right ending has the least loss in all (acc), and the least loss a token (acc_norm)."""
-    tok, size = get_tokenizer(checkpoint['tokenizer']), model.config.block_size
-    items = [item for path in files for item in read_hellaswag(path, tok, size)]
-    if not items:
-        raise UserError(f'source: there are no items in {", ".join(files) or "this folder"}')
-    alike = [list(group) for _, group in itertools.groupby(items, lambda item: (len(item[0]), len(item[1])))]
-    batches = [group[i:i + batch_size] for group in alike for i in range(0, len(group), batch_size)][rank::world]
-    counts, progress = torch.zeros(3), Progress('hellaswag', len(items) / world, 'items')
-    for batch in batches:
-        contexts, endings, labels = zip(*batch, strict=True)
-        losses, right = ending_losses(model, contexts, endings, device), torch.tensor(labels)
-        lengths = torch.tensor([[len(ids) for ids in item] for item in endings])
-        counts += torch.tensor([len(batch), *((x.argmin(1) == right).sum() for x in (losses, losses / lengths))])
-        progress(counts[0].item())
-    if world > 1:
-        dist.all_reduce(counts)
-    n, *right = counts.tolist()
-    acc, acc_norm = (count / n for count in right)
-    acc_stderr, acc_norm_stderr = (math.sqrt(p * (1 - p) / max(1, n - 1)) for p in (acc, acc_norm))
-    print(f'acc       {acc:.4f} +- {acc_stderr:.4f}, by the whole loss of an ending, {n:,.0f} items')
-    print(f'acc_norm  {acc_norm:.4f} +- {acc_norm_stderr:.4f}, by its loss a token')
-    print(f'published acc_norm, of 10,042 items: {PUBLISHED}')
-    return dict(items=int(n), acc=acc, acc_stderr=acc_stderr, acc_norm=acc_norm, acc_norm_stderr=acc_norm_stderr)
-
-
-@torch.no_grad()
-def text_loss(model, checkpoint, files, stride, batch_size, device, rank, world):
-    """The mean of -log p of every token but the first. Windows begin stride tokens apart, and each counts for what the
-    one before has not reached: at half a window every token has at least half a window before it."""
-    ids, n_bytes = read_text(files, checkpoint['tokenizer'])
+def score_text():
+    """Loss of every token of a text except the first. Windows start stride tokens apart, and each
+    scores the tokens after the previous one. A smaller stride gives them more context."""
+    model, tok, spec = load_for_evaluation()
+    ids = read_ids(tok, spec)
+    count = len(ids) - 1
+    if count < 1:
+        raise UserError(f'source={source!r} has {len(ids)} tokens, nothing to predict')
     size = model.config.block_size
     if stride > size:
-        raise UserError(f'stride={stride}: the model sees windows of {size}, and would miss what is between: use at '
-                        f'most {size}')
-    stride, size = stride or max(1, size // 2), min(size, len(ids) - 1)
-    begins = np.append(np.arange(0, len(ids) - 1 - size, stride), len(ids) - 1 - size)
-    counted = np.append(0, begins[:-1] + size - begins[1:])  # of each window's targets, in the one before it
-    total, progress = torch.zeros(2, dtype=torch.float64), Progress('loss', len(begins) / world, 'windows')
-    for first in range(rank * batch_size, len(begins), world * batch_size):
-        some = slice(first, first + batch_size)
-        rows = torch.from_numpy(ids[begins[some, None] + np.arange(size + 1)].astype(np.int64))
-        targets = rows[:, 1:].masked_fill(torch.from_numpy(np.arange(size) < counted[some, None]), -1)
-        n = (targets >= 0).sum().item()
-        total += torch.tensor([model(rows[:, :-1].to(device), targets.to(device))[1].item() * n, n])
-        progress(first / world)
-    if world > 1:
+        raise UserError(f'stride={stride} skips tokens: use at most {size}, the block_size of the model')
+    last = max(0, count - size)
+    starts = [*range(0, last, stride or max(1, size // 2)), last]
+    total = torch.zeros((), dtype=torch.float64)
+    progress = Progress(task, len(starts), 'windows')
+    for i in range(rank, len(starts), world_size):
+        window = ids[starts[i]:starts[i] + size + 1].astype(np.int64)
+        window = torch.from_numpy(window).to(device)
+        targets = window[1:].clone()
+        if i > 0:
+            targets[:starts[i - 1] + size - starts[i]] = -1  # the previous window scores these
+        _, loss = model(window[None, :-1], targets[None])
+        total += loss.item() * (targets >= 0).sum().item()
+        progress(i)
+    if world_size > 1:
         dist.all_reduce(total)
-    loss, n = total.tolist()
-    perplexity, bits_per_byte = math.exp(loss / n), loss / math.log(2) / n_bytes
-    print(f'loss           {loss / n:.4f} a token, {n:,.0f} tokens in windows of {size}, {stride} apart')
-    print(f'perplexity     {perplexity:.3f}')
-    print(f'bits per byte  {bits_per_byte:.4f}, {n_bytes:,} bytes')
-    return dict(tokens=int(n), loss=loss / n, perplexity=perplexity, bits_per_byte=bits_per_byte)
+    nats = total.item()
+    n_bytes = len(tok.decode_bytes([i for i in ids[1:].tolist() if i != tok.eot]))
+    return dict(tokens=count, loss=nats / count, perplexity=math.exp(nats / count),
+                bits_per_byte=nats / math.log(2) / n_bytes)
 
 
-def read_text(files, spec):
-    """The ids of a text, documents apart, or of a val.bin in the same tokens; and how many bytes follow the first."""
-    tok = get_tokenizer(spec)
-    if [path[-4:] for path in files] == ['.bin']:
-        meta, _ = load_dataset(os.path.dirname(os.path.abspath(files[0])))
-        if meta['tokenizer'] != spec:
-            raise UserError(f"{files[0]} has other tokens than the model's: give the text itself")
-        ids = np.fromfile(files[0], meta['dtype'])
+# -- loss curves --------------------------------------------------------------
+
+
+def read_nanogpt_output(path):
+    """The entries that log.jsonl would have, from what nanoGPT printed with log_interval=1."""
+    entries = []
+    seconds = 0
+    with open(path, encoding='utf-8') as f:
+        for line in f:
+            if match := re.match(r'step (\d+): train loss .*, val loss ([\d.]+)', line):
+                entries.append(dict(iter=int(match[1]), val_loss=float(match[2]), seconds=seconds))
+            elif match := re.match(r'iter (\d+): loss ([\d.]+), time ([\d.]+)ms', line):
+                seconds += float(match[3]) / 1000
+                entries.append(dict(iter=int(match[1]), loss=float(match[2]), seconds=seconds))
+    return entries
+
+
+def read_run(path, axis):
+    """The losses of a run: {'train': [(x, loss), ...], 'val': [(x, loss), ...]}, x as the axis says."""
+    if os.path.isfile(path):
+        entries = read_nanogpt_output(path)
     else:
-        parts, separator = [], [] if tok.eot is None else [tok.eot]
-        for text, ends in read(files, 'tokens'):
-            parts += [tok.encode(text), separator * ends]
-        ids = np.concatenate([[], *parts[:-1]]).astype(np.uint16)
-    if len(ids) < 2:
-        raise UserError(f'{", ".join(files) or "source"} has {len(ids)} tokens: there is nothing to predict')
-    return ids, len(tok.decode_bytes(ids[1:][ids[1:] != tok.eot]))
+        with open(os.path.join(path, 'log.jsonl'), encoding='utf-8') as f:
+            entries = [json.loads(line) for line in f if line.endswith('}\n')]  # whole lines
+    points = dict(train=[], val=[])
+    x = 'iter' if axis == 'steps' else axis
+    for entry in entries:
+        for split, y in (('train', 'loss'), ('val', 'val_loss')):
+            if y in entry and x not in entry:
+                raise UserError(f'{path} does not say {x!r}: use another axis')
+            if y in entry and math.isfinite(entry[y]):
+                points[split].append((entry[x], entry[y]))
+    if not points['val']:
+        raise UserError(f'{path} has no evaluation yet')
+    return points
 
 
-def read_run(folder):
-    """What log.jsonl says of a run: {'train': [(step, tokens, seconds, loss), ...], 'val': the same}."""
-    curves, path = dict(train=[], val=[]), os.path.join(folder, 'log.jsonl')
-    at = seconds = pace = per_step = 0  # steps and time up to the last training loss; time and tokens of one step
-    try:
-        with open(path, encoding='utf-8') as f:
-            for line in f:
-                with contextlib.suppress(json.JSONDecodeError):  # half a line, as a kill or a full disk leaves it
-                    entry = json.loads(line)
-                    step = entry['iter']
-                    if 'loss' in entry:
-                        step, pace = step + 1, entry['time_ms'] / 1000
-                        per_step = round(pace * entry['tokens_per_second'])
-                        at, seconds = step, seconds + (step - at) * pace
-                    for split, key in (('train', 'loss'), ('val', 'val_loss')):
-                        if math.isfinite(entry.get(key, math.nan)):
-                            curves[split].append((step, step * per_step, seconds + (step - at) * pace, entry[key]))
-    except FileNotFoundError:
-        raise UserError(f'runs={folder}: there is no {path}: name folders of runs, --runs=out-a,out-b') from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f'{path} is damaged ({type(error).__name__}: {error})') from None
-    if not curves['val']:
-        raise UserError(f'{path} holds no evaluation yet')
-    return curves
+def draw_curves():
+    """Draw the losses of runs, and return the best val loss of each."""
+    if not runs:
+        raise UserError('task=curves needs runs: add --runs=out-a,out-b, for example')
+    curves = {}
+    for run in runs.split(','):
+        name, _, path = run.rpartition('=')
+        curves[name or path] = read_run(path, axis)
+    # a scale that includes the first evaluation would flatten the others
+    losses = [y for points in curves.values() for _, y in points['val'][1:] or points['val']]
+    margin = (max(losses) - min(losses)) / 20 or 0.1
+    draw = draw_picture if plot else draw_in_terminal
+    draw(curves, min(losses) - margin, max(losses) + margin)
+    return {name: min(y for _, y in points['val']) for name, points in curves.items()}
 
 
-AXES = 'steps', 'tokens', 'seconds'
+def draw_picture(curves, low, high):
+    """Write a picture of val and train losses between low and high."""
+    figure, axes = optional('matplotlib.pyplot', f'plot={plot}').subplots(figsize=(8, 5))
+    for number, (name, points) in enumerate(curves.items()):
+        for split, style in (('train', dict(alpha=0.3)), ('val', dict(marker='o', label=name))):
+            x = [x for x, _ in points[split]]
+            y = [y for _, y in points[split]]
+            axes.plot(x, y, color=f'C{number}', **style)
+    axes.set(title='val loss (faint: train loss)', xlabel=axis, ylabel='loss', ylim=(low, high))
+    axes.xaxis.set_major_formatter('{x:,.0f}')
+    axes.legend()
+    figure.savefig(plot, dpi=100)
 
 
-def picture(runs, path):
-    """Their losses, drawn by matplotlib."""
-    figure, plots = optional('matplotlib.pyplot', f'plot={path}').subplots(1, 3, figsize=(15, 4.5), sharey=True)
-    for axis, label in enumerate(AXES):
-        for number, (name, curves) in enumerate(runs.items()):
-            for split, style in (('train', dict(alpha=0.3)), ('val', dict(marker='o', label=name))):
-                x, y = ([p[i] for p in curves[split]] for i in (axis, 3))
-                plots[axis].plot(x, y, f'C{number}', **style)
-        plots[axis].set(xlabel=label, ylabel='loss (faint: train)' * (axis == 0))
-    plots[0].legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-    print(f'{path}: {", ".join(runs)}')
+def draw_in_terminal(curves, low, high, width=70, height=20):
+    """Print val losses between low and high, one letter for each run."""
+    rows = [[' '] * width for _ in range(height)]
+    end = max(x for points in curves.values() for x, _ in points['val']) or 1
+    for letter, (name, points) in zip('abcdefghijklmnopqrstuvwxyz', curves.items(), strict=False):
+        print(f'{letter}: {name}')
+        for x, y in points['val']:
+            if y <= high:
+                row = rows[round((high - y) / (high - low) * (height - 1))]
+                row[round(x / end * (width - 1))] = letter
+    for number, row in enumerate(rows):
+        y = high - (high - low) * number / (height - 1)
+        print(f'{y:8.3f}|{"".join(row).rstrip()}')
+    print(f'val loss+{"-" * width}')
+    ticks = [f'{end * i / 4:>17,.0f}' for i in (1, 2, 3, 4)]
+    print(f'{"0":>10}{"".join(ticks)}\n{axis:>78}')
 
 
-def characters(runs, width=72, height=18):
-    """The same in the terminal."""
-    names = dict(zip(runs, itertools.cycle('abcdefghijklmnopqrstuvwxyz'), strict=False))
-    points = [(p, '.') for curves in runs.values() for p in curves['train'] if len(runs) == 1]  # else, whose are they?
-    points += [(p, names[run]) for run, curves in runs.items() for p in curves['val']]
-    low, high = (f(p[3] for p, _ in points) for f in (min, max))
-    for axis, label in enumerate(AXES):
-        most, rows = max(p[axis] for p, _ in points) or 1, [[' '] * width for _ in range(height)]
-        for p, mark in points:
-            row = rows[round((high - p[3]) / max(high - low, 1e-9) * (height - 1))]
-            row[round(p[axis] / most * (width - 1))] = mark
-        for number, row in enumerate(rows):
-            print(f'{high - (high - low) * number / (height - 1):7.3f} |' + ''.join(row).rstrip())
-        print(f'{"":8}+{"-" * width}\n{"":9}0{f"{most:,.0f} {label}":>{width - 1}}\n')
-    dots = '; train loss: dots' if len(runs) == 1 else ''
-    print('val loss: ' + ', '.join(f'{mark} {run}' for run, mark in names.items())
-          + f'{dots}. --plot=curves.png makes a picture of it (pip install matplotlib)')
+# -- main ---------------------------------------------------------------------
 
-
-def alternate(task, vs, repeats):
-    """The same work in processes of its own, ours and the rival's in turn: medians, and their ratio."""
-    if task not in ('train', 'generate', 'prepare'):
-        raise UserError(f'vs={vs}: this is for the tasks train, generate and prepare')
-    results = {'': [], vs: []}
-    for rival in list(results) * repeats:
-        command = [sys.executable, __file__, *sys.argv[1:], '--vs=', '--repeats=1', f'--rival={rival}']
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-        if done.returncode:
-            raise UserError(f'vs={vs}: this failed: {" ".join(command)}')
-        result = json.loads(done.stdout.splitlines()[-1])
-        results[rival].append({k: v for k, v in result.items() if k in COMPARED})
-        print(f'{rival or "ours":24}', {k: round(v, 1) for k, v in results[rival][-1].items()}, flush=True)
-    ours, theirs = ({k: statistics.median(r[k] for r in runs) for k in runs[0]} for runs in results.values())
-    for key in theirs:
-        print(f'{key}: {ours[key]:,.1f} against {theirs[key]:,.1f}: {ours[key] / theirs[key]:.2f} times, '
-              f'medians of {repeats}')
-    return dict(vs=vs, ours=ours, theirs=theirs)
-
+TASKS = dict(train=measure_training, generate=measure_generation, prepare=measure_tokenizing,
+             hellaswag=score_hellaswag, loss=score_text, curves=draw_curves)
 
 if __name__ == '__main__':
     settings = configure(globals())
-    check(settings, "task in ('train', 'generate', 'prepare', 'hellaswag', 'loss', 'curves')", 'batch_size >= 0',
-          'warmup >= 0', 'steps > 0', 'repeats > 0', 'seed >= 0', 'stride >= 0', 'prompt > 0', 'new_tokens > 0',
-          'megabytes > 0', "optimizer in ('adamw', 'muon')", "quantize in ('', 'int8')",
-          "tokenizer in ('', 'char', 'gpt2', 'bpe')")
-    judging = task in ('hellaswag', 'loss')
-    if quantize and task == 'train':
-        raise UserError(f'quantize={quantize}: weights of 8 bits cannot be trained, leave it out')
-    if judging and not (init_from and (source or task == 'hellaswag')):
-        raise UserError(f'task={task} needs a trained model, --init_from=gpt2 or the folder of a run'
-                        + ', and a text, --source=FILE' * (task == 'loss'))
-    device, dtype, compile = resolve(device, 'float32' if judging and dtype == 'auto' else dtype, compile,
-                                     width=n_embd if task == 'train' else 0)
-    if settings['compile'] == 'auto' and task == 'generate':
-        compile = device != 'mps'
-    if task == 'curves':
-        curves = {folder: read_run(folder) for folder in runs.split(',')}
-        if plot:
-            picture(curves, plot)
-        else:
-            characters(curves)
-        print(json.dumps(dict(task=task, **{name: min(p[3] for p in run['val']) for name, run in curves.items()})))
-        sys.exit()
-    if vs:
-        print(json.dumps(dict(task=task, **alternate(task, vs, repeats))))
-        sys.exit()
-
-    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-    batch_size = batch_size or (1 if task == 'generate' else 8)
-    torch.manual_seed(seed)
+    check(settings, f'task in {tuple(TASKS)}', 'batch_size >= 0', 'repeats > 0', 'warmup >= 0',
+          'steps > 0', 'prompt > 0', 'new_tokens > 0', 'megabytes > 0', 'stride >= 0', 'seed >= 0',
+          "optimizer in ('adamw', 'muon')", "tokenizer in ('char', 'gpt2', 'bpe')",
+          "axis in ('steps', 'tokens', 'seconds')", "quantize in ('', 'int8')",
+          "compile in (True, False, 'auto')")
+    # With --vs, this script starts child processes. Those that measure the rival find its name here.
+    rival = os.environ.get('BENCH_RIVAL', '')
+    rank = int(os.environ.get('RANK', 0))
+    world_size = int(os.environ.get('WORLD_SIZE', 1))
+    device = resolve_device(device)
+    device_type = device.partition(':')[0]
+    machine = f'{device}, {torch.get_num_threads()} threads'
+    if device_type == 'cuda':
+        machine = torch.cuda.get_device_name(device)
     if not rival:
         keep_memory()
-    if world > 1:
-        dist.init_process_group('cpu:gloo,cuda:nccl' if device.startswith('cuda') else 'gloo')
+    torch.manual_seed(seed)
+    if world_size > 1 and not vs:
+        dist.init_process_group('cpu:gloo,cuda:nccl' if device_type == 'cuda' else 'gloo')
     if rank > 0:
-        dist.barrier()  # the first process downloads what the others then find
-    files = locate(source or HELLASWAG, os.path.join(DATA, task), {}, 0) if judging else []
-    model = checkpoint = None
-    if init_from:
-        checkpoint = load_checkpoint(init_from)
-        model = GPT.from_checkpoint(checkpoint, dropout=dropout)
-    elif task != 'prepare':
-        with torch.device('meta' if rival else 'cpu'):  # of ours only the shape matters then
-            model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias, rope, qk_norm, relu2))
-    if rank == 0 and world > 1:
-        dist.barrier()
-    machine = torch.cuda.get_device_name(device) if 'cuda' in device else f'{device}, {torch.get_num_threads()} threads'
-    if rank > 0:
-        sys.stdout = open(os.devnull, 'w')  # one of them speaks
-    if not judging:
-        print(f'{model.num_params():,} parameters, ' if model else '', f'torch {torch.__version__}, {machine}', sep='')
-    if model and not rival:
-        if quantize:
-            model.quantize()
-        model.to(device, torch.float32 if task == 'train' else getattr(torch, dtype)).train(task == 'train')
-    if task == 'train':
-        result = training(model, rival, batch_size, block_size, optimizer, warmup, steps, repeats, device, dtype,
-                          compile, world, profile)
-    elif task == 'generate':
-        result = generating(model, rival, batch_size, prompt, new_tokens, repeats, device, dtype, compile, profile)
-    elif task == 'prepare':
-        result = preparing(rival, megabytes, tokenizer, repeats)
-    elif task == 'hellaswag':
-        result = hellaswag(model, checkpoint, files, batch_size, device, rank, world)
-    else:
-        result = text_loss(model, checkpoint, files, stride, batch_size, device, rank, world)
-    print(json.dumps(dict(task=task, model=init_from, device=machine, dtype=dtype, **result)))
-    if world > 1:
-        leave(0)
+        sys.stdout = open(os.devnull, 'w')
+
+    result = compare() if vs else TASKS[task]()
+    for name, value in result.items():
+        if isinstance(value, list):  # of repeated measurements
+            result[name] = statistics.median(value)
+            print(f'{name:<20}{result[name]:,.2f}, median of {len(value)}, '
+                  f'{min(value):,.2f} to {max(value):,.2f}')
+        elif not vs:
+            print(f'{name:<20}{value:,.4f}' if isinstance(value, float) else f'{name:<20}{value}')
+    print(json.dumps(dict(task=task, model=init_from, device=machine, **result)))
+    if world_size > 1:
+        exit_together(0)

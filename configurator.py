@@ -12,7 +12,6 @@ on stderr and exit code 2.
 """
 import ctypes
 import difflib
-import glob
 import importlib
 import os
 import platform
@@ -66,7 +65,7 @@ def configure(namespace, argv=None):
 
 
 def _convert(name, value, default, source):
-    """Convert a value, which is text on the command line and any object in a file, to the type of the default."""
+    """Convert a value, text from the command line or any object from a file, to the default's type."""
     kind = type(default)
     try:
         if kind is bool or default == 'auto' and str(value) in BOOLEANS:
@@ -79,16 +78,15 @@ def _convert(name, value, default, source):
                 raise ValueError
         return kind(value)
     except (KeyError, TypeError, ValueError, OverflowError):
-        raise UserError(f'{source}: {name} takes {TYPE_NAMES[kind]}, such as {default!r}, not {value!r}') from None
+        raise UserError(f'{source}: {name} takes {TYPE_NAMES[kind]}, such as {default!r}, '
+                        f'not {value!r}') from None
 
 
 def _run_file(path, settings):
-    """Run an override file and return the settings that it defines. Its modules, functions and _names are private."""
+    """Run an override file and return the settings that it defines. Modules, functions and _names
+    in it are private."""
     if not os.path.isfile(path):
-        siblings = glob.glob(os.path.join(glob.escape(os.path.dirname(path)), '*.py'))
-        nearest = difflib.get_close_matches(path, siblings, 1, 0.8)
-        hint = f'did you mean {nearest[0]}?' if nearest else 'a setting is written --name=value'
-        raise UserError(f'there is no override file {path!r}: {hint}')
+        raise UserError(f'there is no override file {path!r}: a setting is written --name=value')
     scope = dict(settings, __file__=path, __name__='config')
     try:
         with open(path, encoding='utf-8-sig') as f:
@@ -99,13 +97,12 @@ def _run_file(path, settings):
         line = getattr(error, 'lineno', None) or lines[-1]
         raise UserError(f'{path}, line {line}: {type(error).__name__}: {error}') from error
 
-    def is_private(name, value):
-        return name.startswith('_') or callable(value) or isinstance(value, type(sys))
-    return {name: value for name, value in scope.items() if name in settings or not is_private(name, value)}
+    return {name: value for name, value in scope.items() if name in settings
+            or not (name.startswith('_') or callable(value) or isinstance(value, type(sys)))}
 
 
 def _print_help(namespace, defaults):
-    """Print the docstring, then the settings as they stand in the source: headings, defaults and comments."""
+    """Print the docstring, then the settings as the source has them: headings, defaults, comments."""
     print((namespace.get('__doc__') or '').strip() + '\n\nsettings:')
     with open(namespace['__file__'], encoding='utf-8') as f:
         lines = f.read().splitlines()
@@ -134,21 +131,22 @@ def optional(module, needed_for):
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise UserError(f"{needed_for} needs one more package: pip install {module.split('.')[0]}") from None
+        package = module.split('.')[0]
+        raise UserError(f'{needed_for} needs one more package: pip install {package}') from None
 
 
 def _report_error(settings, kind, error, trace):
     """The scripts' sys.excepthook: one line where the user can act on it, a traceback otherwise."""
     text = ' '.join(str(error).split())
-    out_of_memory = re.search('out of memory|allocate memory', text) and issubclass(kind, RuntimeError)
+    rank = os.environ.get('RANK')
     if issubclass(kind, KeyboardInterrupt):
         sys.exit(130)
-    if issubclass(kind, MemoryError) or out_of_memory:
+    if issubclass(kind, MemoryError) or re.search('out of memory|allocate memory', text):
         text = f'out of memory ({text[:100]}): use {_memory_advice(settings)}'
     elif kind.__module__.startswith(('torch._dynamo', 'torch._inductor')):
         text = f'torch.compile failed ({kind.__name__}: {text[:200]}): fix it, or pass --compile=False'
-    elif 'RANK' in os.environ and (kind.__name__.startswith('Dist') or re.search('gloo|NCCL', text)):
-        text = f"rank {os.environ['RANK']} lost contact with another rank, which may have said why ({text[:200]})"
+    elif rank and (kind.__name__.startswith('Dist') or re.search('gloo|NCCL', text)):
+        text = f'rank {rank} lost contact with another rank, which may have said why ({text[:200]})'
     elif not issubclass(kind, (UserError, OSError)):  # an OSError names its file: permission, disk full, ...
         return sys.__excepthook__(kind, error, trace)
     print(f'error: {text}', file=sys.__stderr__)  # torch.distributed replaces sys.stderr for a while
@@ -156,22 +154,25 @@ def _report_error(settings, kind, error, trace):
 
 
 def _memory_advice(settings):
-    """A smaller micro-batch, with the same global batch where gradients are accumulated."""
+    """What to try instead: first a smaller micro-batch, with the same global batch."""
+    advice = 'a smaller block_size or model'
+    if 'activation_checkpointing' in settings:
+        advice = f'--activation_checkpointing=True, or {advice}'
     batch_size = settings.get('batch_size', 1)
-    divisors = [n for n in range(1, batch_size) if batch_size % n == 0]
-    if not divisors:
-        return 'a smaller block_size or model, or --activation_checkpointing=True to train'
-    advice = f'--batch_size={divisors[-1]}'
-    if 'gradient_accumulation_steps' in settings:
-        steps = settings['gradient_accumulation_steps'] * batch_size // divisors[-1]
-        advice += f' --gradient_accumulation_steps={steps}, which is the same global batch'
-        advice += ', or --activation_checkpointing=True'
-    return advice + ', or a smaller block_size or model'
+    if batch_size < 2:
+        return advice
+    smaller = max(n for n in range(1, batch_size) if batch_size % n == 0)
+    if 'gradient_accumulation_steps' not in settings:
+        return f'--batch_size={smaller}, or {advice}'
+    steps = settings['gradient_accumulation_steps'] * batch_size // smaller
+    return (f'--batch_size={smaller} --gradient_accumulation_steps={steps}, '
+            f'which is the same global batch, or {advice}')
 
 
 def keep_memory():
-    """Make the C library keep freed memory for the next tensors. By default it returns large blocks to the system,
-    which clears every page when it hands them out again: a third of a GPT-2 training step on a CPU."""
+    """Make the C library keep freed memory for the next tensors. By default it returns large blocks
+    to the system, which clears them before it hands them out again: a third of a GPT-2 training
+    step on a CPU."""
     if platform.libc_ver()[0] == 'glibc':
         libc = ctypes.CDLL(None)
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from malloc.h
@@ -180,7 +181,7 @@ def keep_memory():
 
 
 def resolve_device(device):
-    """The device to use, for 'auto' the best one: cuda, then mps, then cpu. Also sets up its matmuls and threads."""
+    """The device to use, for 'auto' the best one: cuda, then mps, then cpu. Sets it up."""
     import torch
     counts = dict(cuda=torch.cuda.device_count() if torch.cuda.is_available() else 0,
                   mps=int(torch.backends.mps.is_available()), cpu=1)
@@ -191,7 +192,7 @@ def resolve_device(device):
     match = re.fullmatch(r'(cuda|mps|cpu)(?::(\d+))?', str(device))
     if not match or int(match[2] or 0) >= counts[match[1]]:
         available = ', '.join(f'{count} {kind}' for kind, count in counts.items())
-        raise UserError(f"device={device!r}, but this machine has {available}: choose one, or leave it at 'auto'")
+        raise UserError(f"device={device!r}, but this machine has {available}: use 'auto'")
     if match[1] == 'cuda':
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')  # TF32 for what stays in float32
@@ -204,13 +205,14 @@ def resolve_device(device):
 def resolve_dtype(dtype, device, width=0):
     """The dtype to compute in, for 'auto' the fastest to train a model of this width (n_embd)."""
     import torch
-    if dtype == 'auto' and device.startswith('cuda'):  # a T4 emulates bfloat16, and says so only if asked
-        dtype = 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
-    elif dtype == 'auto' and device == 'cpu' and width >= 256 and torch.cpu._is_avx512_bf16_supported():
-        dtype = 'bfloat16'  # slower than float32 for narrower models
-    elif dtype == 'auto':
+    if dtype == 'auto':
         dtype = 'float32'
+        if device.startswith('cuda'):  # a T4 emulates bfloat16, which is slow
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+            dtype = 'bfloat16' if native else 'float16'
+        elif device == 'cpu' and width >= 256 and torch.cpu._is_avx512_bf16_supported():
+            dtype = 'bfloat16'  # slower than float32 in narrower models
     check(dict(dtype=dtype), "dtype in ('float32', 'bfloat16', 'float16')")
     if dtype == 'float16' and not device.startswith('cuda'):
-        raise UserError(f"dtype='float16' needs CUDA, but the device is {device}: use 'bfloat16' or 'float32'")
+        raise UserError(f"dtype='float16' needs CUDA, not {device}: use 'bfloat16' or 'float32'")
     return dtype

@@ -31,15 +31,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
 from configurator import UserError, check, configure, optional
-from prepare import (
-    DATA,
-    HUB,
-    BPETokenizer,
-    download,
-    get_tokenizer,
-    nanogpt_tokenizer,
-    read_json,
-)
+from prepare import DATA, HUB, BPETokenizer, download, get_tokenizer, nanogpt_tokenizer, read_json
 
 # -----------------------------------------------------------------------------
 # the network: it needs only torch
@@ -573,8 +565,7 @@ def load_pretrained(source):
                 name = 'transformer.' + name.removeprefix('transformer.')
             if name.endswith(TRANSPOSED):
                 tensor = tensor.transpose(0, -1)
-            weights[name] = tensor.to(torch.float32, copy=True,
-                                      memory_format=torch.contiguous_format)
+            weights[name] = tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     try:
         wte = weights['transformer.wte.weight']
         vocab_size, n_embd = wte.shape
@@ -770,8 +761,7 @@ def to_huggingface(checkpoint, folder):
         if name == 'transformer.wte.weight':
             w = w[:tok.n_vocab]  # without the padding
         tensors[name] = w.T if name.endswith(TRANSPOSED) else w
-        if not config.bias and name.endswith(('ln_1.weight', 'ln_2.weight', 'ln_f.weight',
-                                              *TRANSPOSED)):
+        if not config.bias and name.endswith(('ln_1.weight', 'ln_2.weight', 'ln_f.weight', *TRANSPOSED)):
             tensors[name.replace('weight', 'bias')] = torch.zeros(len(w))
 
     ends = dict(bos_token_id=tok.eot, eos_token_id=tok.eot)

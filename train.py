@@ -275,8 +275,7 @@ if __name__ == '__main__':
         """This rank's micro-batches of a step, a pure function of (seed, step): its slice of the
         global batch, which is the same for any number of processes."""
         first = (step * gradient_accumulation_steps + rank * micro_steps) * batch_size
-        starts = window_starts(meta['train_tokens'], block_size, seed, first,
-                               micro_steps * batch_size)
+        starts = window_starts(meta['train_tokens'], block_size, seed, first, micro_steps * batch_size)
         return [load_windows(bins['train'], meta['dtype'], micro_batch, block_size, device)
                 for micro_batch in starts.reshape(micro_steps, batch_size)]
 
@@ -338,13 +337,11 @@ if __name__ == '__main__':
         eval_model.to(device)
     model = eval_model
     if ddp and not fsdp:
-        model = DDP(eval_model, [device] if device_type == 'cuda' else None,
-                    gradient_as_bucket_view=True)
+        model = DDP(eval_model, [device] if device_type == 'cuda' else None, gradient_as_bucket_view=True)
 
     # -- optimizer ----------------------------------------------------------------
 
-    optimizers = raw_model.configure_optimizers(optimizer, weight_decay, learning_rate,
-                                                (beta1, beta2))
+    optimizers = raw_model.configure_optimizers(optimizer, weight_decay, learning_rate, (beta1, beta2))
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
     iter_num = 0
     best_val_loss = math.inf
@@ -406,8 +403,7 @@ if __name__ == '__main__':
         start = torch.tensor([[tok.eot or 0]], device=device)
         raw_model.eval()
         with torch.compiler.set_stance('force_eager'):
-            tokens = raw_model.generate(start, 200, temperature=0.8, top_k=200,
-                                        vocab_size=tok.n_vocab)
+            tokens = raw_model.generate(start, 200, temperature=0.8, top_k=200, vocab_size=tok.n_vocab)
             text = tok.decode_bytes([token.item() for token in tokens])
         raw_model.train()
         print0('| ' + text.decode('utf-8', 'replace').replace('\n', '\n| '))
@@ -477,8 +473,7 @@ if __name__ == '__main__':
 
     def save_all():
         states = {name: opt.state_dict() for name, opt in optimizers.items()}
-        return save('ckpt.pt', best_val_loss=best_val_loss, optimizer=states,
-                    scaler=scaler.state_dict())
+        return save('ckpt.pt', best_val_loss=best_val_loss, optimizer=states, scaler=scaler.state_dict())
 
     signals = []
 

@@ -1,15 +1,18 @@
-# GPT-2 (124M) from nothing on 8 GPUs:
+# Train GPT-2 (124M) from scratch on 8 GPUs.
+# $ python prepare.py --dataset=openwebtext
 # $ torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
-# The shape, the batch and the schedule are nanoGPT's, whose author reports a val loss of about 2.85 on OpenWebText
-# after 4 days on 8 A100 40GB. Not run to the end with this code yet.
+#
+# Model, batch size and schedule are nanoGPT's. Its author reports a val loss of about 2.85 on
+# OpenWebText after 4 days on 8 A100 40GB. Not run to the end with this code yet.
 
 out_dir = 'out-gpt2'
-dataset = 'openwebtext'  # python prepare.py --dataset=openwebtext, or --dataset=fineweb
+dataset = 'openwebtext'  # or fineweb
 wandb_run_name = 'gpt2-124M'
 
-# 12 windows x 1,024 tokens x 40 micro-batches = 491,520 tokens a step, close to GPT-2's half a million. 1, 2, 4, 5, 8,
-# 10, 20 or 40 processes share it: fewer GPUs give the same run, only slower.
-batch_size = 12  # at least 9 GB of GPU memory, by python model.py --batch_size=12
+# 12 sequences x 1,024 tokens x 40 micro-batches = 491,520 tokens a step, about as many as GPT-2's
+# half a million. 1, 2, 4, 5, 8, 10, 20 or 40 processes can share the micro-batches: with fewer
+# GPUs the run is the same, but slower.
+batch_size = 12          # takes at least 9 GB of GPU memory (python model.py --batch_size=12)
 block_size = 1024
 gradient_accumulation_steps = 5 * 8
 
@@ -17,7 +20,7 @@ gradient_accumulation_steps = 5 * 8
 max_iters = 600000
 lr_decay_iters = 600000
 
-# a look every few minutes
+# evaluate every few minutes
 eval_interval = 1000
 eval_iters = 200
 log_interval = 10

@@ -1,20 +1,22 @@
-# GPT-2's size (124M) with the modern choices, on 5 billion tokens of FineWeb:
+# Train a modern model of GPT-2's size (124M) on 5 billion tokens of FineWeb.
 # $ python prepare.py --dataset=fineweb --shards=51
 # $ torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_fast.py
-# Published for AdamW with this learning rate, rotary positions and a linear decay to zero: val loss 3.28, which llm.c's
-# GPT-2 recipe reaches after 10 billion tokens. What was measured on small models is in config/train_shakespeare.py. Not
-# run to the end with this code yet.
+#
+# With AdamW, this learning rate, rotary positions and a linear decay to zero, others have
+# published a val loss of 3.28, which llm.c's GPT-2 recipe reaches after 10 billion tokens.
+# Not run to the end with this code yet; config/train_shakespeare.py has small experiments.
 
 out_dir = 'out-gpt2-fast'
 dataset = 'fineweb'
 wandb_run_name = 'gpt2-124M-fast'
 
 rope = qk_norm = relu2 = True
-learning_rate = 1.8e-3         # three times GPT-2's: qk_norm keeps attention calm at it
+learning_rate = 1.8e-3         # three times GPT-2's; qk_norm keeps attention stable at this rate
 beta1, beta2 = 0.9, 0.95
 weight_decay = 0.1
 
-# 32 windows x 1,024 tokens x 16 micro-batches = 524,288 tokens a step; 1, 2, 4, 8 or 16 processes share it
+# 32 sequences x 1,024 tokens x 16 micro-batches = 524,288 tokens a step, shared by 1, 2, 4, 8 or
+# 16 processes
 batch_size = 32
 block_size = 1024
 gradient_accumulation_steps = 16

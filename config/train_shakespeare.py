@@ -1,21 +1,23 @@
-# Characters of Shakespeare, from nothing, with whatever this machine has:
+# Train a character-level model of Shakespeare from scratch.
 # $ python train.py config/train_shakespeare.py
 # $ python sample.py --out_dir=out-shakespeare
-# To train the small model although there is a GPU, --device=cpu goes before this file.
+#
+# The machine decides the size of the model. To train the small one despite a GPU, put
+# --device=cpu before this file.
 import torch
 
 out_dir = 'out-shakespeare'
 dataset = 'shakespeare_char'
 gradient_accumulation_steps = 1
-beta2 = 0.99  # longer than for large batches: a step sees few tokens
+beta2 = 0.99  # average over more steps, because each has few tokens
 
 if torch.cuda.is_available() and device != 'cpu':
-    # The 10M-parameter model of nanoGPT's shakespeare_char, whose author reports val loss 1.4697 (on another 1.1 MB of
-    # Shakespeare) after 3 minutes on an A100. Not measured on this text yet.
+    # The 10M-parameter model of nanoGPT's shakespeare_char. Its author reports a val loss of
+    # 1.4697, on another 1.1 MB of Shakespeare, after 3 minutes on an A100. Not measured here yet.
     batch_size = 64
     block_size = 256
     n_layer, n_head, n_embd = 6, 6, 384
-    dropout = 0.2            # the text is read 84 times
+    dropout = 0.2            # training reads the text 84 times
     learning_rate = 1e-3
     min_lr = 1e-4
     warmup_iters = 100
@@ -23,18 +25,19 @@ if torch.cuda.is_available() and device != 'cpu':
     eval_interval = 250
     log_interval = 10
 else:
-    # 0.6M parameters, about a minute and a half on two cores. What each choice gave is in the README (Measured).
+    # A 0.6M-parameter model that trains in about a minute and a half on two cores
     batch_size = 8
-    block_size = 128         # 4 windows of 256 tokens take longer and learn less
-    n_layer, n_head, n_embd = 3, 4, 128  # a fourth layer or more width learns less in the same time
+    block_size = 128         # 4 sequences of 256 tokens take longer and learn less
+    n_layer, n_head, n_embd = 3, 4, 128  # a 4th layer or more width learns less in the same time
     rope = qk_norm = relu2 = True
     if torch.cpu._is_avx512_bf16_supported():
         optimizer = 'muon'
         learning_rate = 4e-3
-        weight_decay = 0.4   # much, for the text is short: 0.2 gave 1.635, 0.4 1.627, 0.8 1.636 (one seed)
-    else:                    # Muon computes in bfloat16, which takes long on a CPU that has to emulate it
+        weight_decay = 0.4   # high, because the text is short; val loss of one seed each:
+                             # 1.635 with 0.2, 1.627 with 0.4, 1.636 with 0.8
+    else:                    # Muon computes in bfloat16, which other CPUs emulate slowly
         learning_rate = 2e-3
-    lr_schedule = 'linear'   # to zero, where the loss falls fastest at the end
+    lr_schedule = 'linear'   # to zero: most of the progress comes at the end of the decay
     warmup_iters = 30
     max_iters = lr_decay_iters = 1400
     eval_interval = 500
