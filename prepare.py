@@ -1,16 +1,19 @@
 """
-Text in, tokens out: train.bin and val.bin (raw uint8 or uint16 ids) and meta.json, in the folder data/NAME.
+Turn text into tokens: data/NAME/train.bin and val.bin (raw uint8 or uint16 ids)
+and meta.json (the tokenizer and the counts).
 
-$ python prepare.py --dataset=shakespeare_char           # the embedded text, one token per character
-$ python prepare.py --dataset=shakespeare                # the same text in GPT-2's tokens
-$ python prepare.py --dataset=mine --source=my_texts/ --tokenizer=bpe --vocab_size=4096
-$ python prepare.py --dataset=fineweb --shards=10        # the first billion tokens of FineWeb
+$ python prepare.py --dataset=shakespeare_char  # the embedded text, by character
+$ python prepare.py --dataset=shakespeare       # the same in GPT-2's tokens
+$ python prepare.py --dataset=mine --source=my_texts/ --tokenizer=bpe
+$ python prepare.py --dataset=fineweb --shards=10 # a billion tokens of FineWeb
 
-A source is a text file, a .jsonl file with a "text" field, either of them gzipped, a .parquet file with a
-"text" column, a folder of such files, or an https address. Text is streamed, so it can exceed memory.
+A source is a text file, a .jsonl file with a "text" field, either of them
+gzipped, a .parquet file with a "text" column, a folder of such files, or an
+https address. Text is streamed, so it can exceed memory.
 
-Tokenizers: char, gpt2, bpe (byte-pair encoding trained on the source), sp:FILE.model (SentencePiece), or
-data/NAME/meta.json (the tokenizer of another dataset, to finetune its models on this text).
+Tokenizers: char, gpt2, bpe (byte-pair encoding trained on the source),
+sp:FILE.model (SentencePiece), or data/NAME/meta.json (the tokenizer of another
+dataset, to finetune its models on this text).
 """
 import base64
 import glob
@@ -430,6 +433,8 @@ def fetch(url, part):
         if start and (code == 416 or code == 206 and not resumes):
             os.remove(part)
             raise requests.ConnectionError('the file on the server has changed')
+        if code in (401, 403, 404):
+            raise UserError(f'the server answers {code} {reply.reason} for {url}: check the address')
         if code not in (200, 206):
             raise requests.ConnectionError(f'the server answered {code} {reply.reason}')
         if 'text/html' in reply.headers.get('Content-Type', ''):
@@ -487,6 +492,8 @@ def prepare(dataset, source='', tokenizer='', vocab_size=4096, val_fraction=0.0,
     val_fraction = val_fraction or row.get('val_fraction', 0.1)
     settings = dict(val_fraction=val_fraction, shards=shards)
     check(settings, 'val_fraction > 0', 'val_fraction < 1', 'shards >= 0')
+    if shards and 'shards' not in row:
+        raise UserError(f'shards={shards}, but {source} does not come in shards: leave it out')
     if source.endswith('.bin') and tokenizer != 'gpt2':
         raise UserError(f"tokenizer={tokenizer!r}, but {source} holds GPT-2's tokens: leave it out")
     if source.endswith('.parquet'):

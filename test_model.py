@@ -342,8 +342,8 @@ def test_reading_and_scoring_share_one_matrix():
     idx, targets = torch.randint(11, (2, 2, 8))
     tied, untied = tiny(), tiny()
     untied.lm_head.weight = torch.nn.Parameter(untied.lm_head.weight.detach().clone())
-    for model in (tied, untied):
-        model(idx, targets)[1].backward()
+    tied(idx, targets)[1].backward()
+    untied(idx, targets)[1].backward()
     torch.testing.assert_close(tied.lm_head.weight.grad,
                                untied.transformer.wte.weight.grad + untied.lm_head.weight.grad)
 
@@ -1206,7 +1206,7 @@ def test_device_and_dtype_are_honored_or_refused(monkeypatch):
     assert resolve_dtype('bfloat16', 'cpu') == 'bfloat16'
     for has_bf16, width, dtype in ((True, 256, 'bfloat16'), (True, 255, 'float32'),
                                    (False, 256, 'float32')):
-        monkeypatch.setattr(torch.cpu, '_is_avx512_bf16_supported', lambda: has_bf16)
+        monkeypatch.setattr(torch.cpu, '_is_avx512_bf16_supported', partial(bool, has_bf16))
         assert resolve_dtype('auto', 'cpu', width) == dtype
     for device in ('tpu', 'cuda:99'):
         refuses('but this machine has', resolve_device, device)
@@ -1779,7 +1779,7 @@ def bad(tmp_path_factory, run, data):
     ('train.py', '--init_from=resume', 'there is no checkpoint out/ckpt.pt: name the'),
     ('train.py', '--init_from={bad}/cut.pt', 'cut.pt is damaged'),
     ('train.py', '--init_from={run}/best.pt --dataset={bad}/other', 'have different tokenizers'),
-    ('train.py', '--init_from=resume --out_dir={run} --optimizer=muon', "='muon', but .* was trained with adamw"),
+    ('train.py', '--init_from=resume --out_dir={run} --optimizer=muon', "'muon', but .* trained with adamw"),
     ('train.py', '--out_dir={bad}/file', "File exists: .*file"),
     ('prepare.py', '--dataset={tmp}/x --source={bad}/file', 'is empty'),
     ('prepare.py', '--source={bad}/other.txt', 'has its own source'),

@@ -6,7 +6,7 @@ $ python train.py config/train_shakespeare.py --init_from=resume
 $ python train.py config/finetune_shakespeare.py --init_from=gpt2
 $ torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 $ torchrun --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --master_port=1234 \\
-      --nproc_per_node=8 train.py config/train_gpt2.py       # the first of 2
+      --nproc_per_node=8 train.py config/train_gpt2.py    # first of two nodes
 """
 import datetime
 import functools
