@@ -2,7 +2,7 @@
 Turn text into tokens: data/NAME/train.bin and val.bin (raw uint8 or uint16 ids)
 and meta.json (the tokenizer and the counts).
 
-$ python prepare.py --dataset=shakespeare_char  # the embedded text, by character
+$ python prepare.py --dataset=shakespeare_char  # the embedded text, by chars
 $ python prepare.py --dataset=shakespeare       # the same in GPT-2's tokens
 $ python prepare.py --dataset=mine --source=my_texts/ --tokenizer=bpe
 $ python prepare.py --dataset=fineweb --shards=10 # a billion tokens of FineWeb
