@@ -834,7 +834,7 @@ def trace_text(model, tok, text, layer, head):
     print(f'\n{"output of":<18}{"shape":<18}{"mean":>9}{"std":>9}    what it does')
     for name, (_, output) in records.items():
         last = name.split('.')[-1]
-        purpose = 'the stream after a block' if last.isdigit() else PURPOSES.get(last)
+        purpose = 'stream after a block' if last.isdigit() else PURPOSES.get(last)
         if purpose and (name.count('.') < 2 or name.startswith(f'h.{layer}.')):
             print(f'{name:<18}{str(tuple(output.shape)):<18}{output.mean():>9.3f}'
                   f'{output.std():>9.3f}    {purpose}')
@@ -914,7 +914,7 @@ def print_layout(config, batch_size, dtype):
         shape = str(tuple(records[name][1].shape))
         print(f'{name:<16}{PURPOSES[last]:<22}{shape:<18}{count:>12}{flops / 1e9:>12,.3f}')
     flops = model.flops_per_token()
-    print(f'\nparameters {n:,}; training on a batch of {batch_size} x {config.block_size} tokens '
+    print(f'\nparameters {n:,}; a training step of {batch_size} x {config.block_size} tokens '
           f'takes {flops * tokens / 1e12:,.3f} TFLOPs')
     print(f'weights in MB: {4 * n / 1e6:,.1f} in float32, {2 * n / 1e6:,.1f} in bfloat16, '
           f'{n / 1e6:,.1f} in int8')
