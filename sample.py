@@ -2,11 +2,7 @@
 Generate text with a model.
 
 $ python sample.py --out_dir=out-shakespeare           # the best model of a run
-<<<<<<< HEAD
-$ python sample.py --out_dir=out --start="To be" --num_samples=1 --top_k=50
-=======
 $ python sample.py --out_dir=out --start="To be" --temperature=0.5
->>>>>>> main
 $ python sample.py --init_from=gpt2-xl --start="The meaning of life is"
 $ python sample.py --out_dir=out-shakespeare --interactive=True
 $ cat prompt.txt | python sample.py --init_from=out/ckpt.pt --start=- --stop=END
