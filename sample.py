@@ -27,10 +27,10 @@ num_samples = 3        # number of texts; the first is streamed
 max_new_tokens = 500   # length of each text
 temperature = 0.8      # below 1: more predictable; 0: always the most likely token
 top_k = 200            # sample from the k most likely tokens; 0: from all
-top_p = 1.0            # sample from the fewest tokens with this total probability; 1: from all
+top_p = 1.0            # sample from the fewest tokens with this total probability; 1: no limit
 stop = ''              # end a text before this string
 interactive = False    # read one prompt after another: Ctrl-C ends a text, Ctrl-D the session
-seed = 1337            # random seed: another seed, another text
+seed = 1337            # random seed: change it for different text
 device = 'auto'        # 'cpu', 'cuda', 'cuda:1', 'mps'; auto: the best available
 dtype = 'auto'         # 'float32', 'bfloat16', 'float16'; auto: float32 on a CPU
 quantize = ''          # 'int8': 8-bit weights, faster on a CPU when compiled
@@ -77,7 +77,7 @@ def write_samples(model, tok, prompt, num_samples):
     """Print texts that continue the prompt. The first is streamed, the others follow."""
     ids = tok.encode(prompt, special=True).tolist()
     if not ids:
-        ids = [tok.eot or 0]  # the end of the text before, or the first character, a newline
+        ids = [tok.eot or 0]  # the end of a text, or the first character
     if len(ids) > model.config.block_size:
         print(f'the prompt has {len(ids)} tokens; the model sees the last '
               f'{model.config.block_size}', file=sys.stderr)
@@ -131,7 +131,7 @@ if __name__ == '__main__':
         trained = f"step {checkpoint['iter_num']}, val loss {checkpoint['best_val_loss']:.4f}, "
     print(f"{checkpoint['path']}: {trained}{model.num_params():,} parameters, on {device} in {dtype}",
           file=sys.stderr)
-    if compile == 'auto':  # takes half a minute, and saves up to half of the time to read weights
+    if compile == 'auto':  # takes half a minute, then up to twice as fast
         bytes_read = max_new_tokens * model.num_params() * getattr(torch, dtype).itemsize
         compile = device != 'mps' and (quantize == 'int8' or bytes_read > 2e12)
         if compile:
