@@ -137,11 +137,11 @@ def print_profile(work):
 
 
 def peak_memory():
-    """The most bytes in use so far, on the GPU or by this process; nan where unknown."""
+    """The most bytes in use so far, on the GPU or by this process; None where unknown."""
     if device_type == 'cuda':
         return torch.cuda.max_memory_allocated()
     if sys.platform != 'linux':
-        return math.nan
+        return None
     import resource
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
@@ -276,7 +276,7 @@ def compare():
             results[side].append(json.loads(child.stdout.splitlines()[-1]))
     medians = dict(ours={}, theirs={})
     for name in ('tokens_per_second', 'memory', 'char', 'gpt2', 'bpe'):
-        if name in results['ours'][0]:
+        if results['ours'][0].get(name):
             for side in results:
                 medians[side][name] = statistics.median(result[name] for result in results[side])
             ours, theirs = medians['ours'][name], medians['theirs'][name]
@@ -308,7 +308,7 @@ def score_hellaswag():
     with open(path, encoding='utf-8') as f:
         lines = list(f)
     if not lines:
-        raise UserError(f'source={source!r} is empty: name a file of HellaSwag')
+        raise UserError(f'source={source!r} is empty: pass a HellaSwag file')
     correct = torch.zeros(2)
     progress = Progress(task, len(lines), 'items')
     for number in range(rank, len(lines), world_size):
@@ -320,7 +320,7 @@ def score_hellaswag():
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f'{path}, line {number + 1}: not an item with ctx, endings and label') from None
         inputs, targets = [], []
-        for ending in endings:  # a long context loses its beginning
+        for ending in endings:  # long contexts are cut from the left
             ids = torch.tensor((context + ending)[-model.config.block_size - 1:])
             target = ids[1:].clone()
             target[:-len(ending)] = -1  # scores only the ending
@@ -344,7 +344,7 @@ def read_ids(tok, spec):
     if source.endswith('.bin'):
         meta, _ = load_dataset(os.path.dirname(os.path.abspath(source)))
         if meta['tokenizer'] != spec:
-            raise UserError(f"source={source} is not in the model's tokens: name its text instead")
+            raise UserError(f"source={source} uses another tokenizer than the model: pass the text itself")
         return np.fromfile(source, meta['dtype'])
     parts = [np.array([], np.uint16)]
     files = rank_0_first(locate, source, os.path.join(DATA, task))
@@ -434,7 +434,7 @@ def draw_curves():
     for run in runs.split(','):
         name, _, path = run.rpartition('=')
         curves[name or path] = read_run(path, axis)
-    # a scale that includes the first evaluation would flatten the others
+    # a scale that includes the first evaluation would flatten the rest
     losses = [y for points in curves.values() for _, y in points['val'][1:] or points['val']]
     margin = (max(losses) - min(losses)) / 20 or 0.1
     draw = draw_picture if plot else draw_in_terminal
@@ -505,7 +505,7 @@ if __name__ == '__main__':
 
     result = compare() if vs else TASKS[task]()
     for name, value in result.items():
-        if isinstance(value, list):  # of repeated measurements
+        if isinstance(value, list):
             result[name] = statistics.median(value)
             print(f'{name:<20}{result[name]:,.2f}, median of {len(value)}, '
                   f'{min(value):,.2f} to {max(value):,.2f}')

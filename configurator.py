@@ -171,8 +171,7 @@ def _memory_advice(settings):
 
 def keep_memory():
     """Make the C library keep freed memory for the next tensors. By default it returns large blocks
-    to the system, which clears them before it hands them out again: a third of a GPT-2 training
-    step on a CPU."""
+    to the system, which zeroes them on reuse. That costs a third of a GPT-2 training step on a CPU."""
     if platform.libc_ver()[0] == 'glibc':
         libc = ctypes.CDLL(None)
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from malloc.h
@@ -203,7 +202,7 @@ def resolve_device(device):
 
 
 def resolve_dtype(dtype, device, width=0):
-    """The dtype to compute in, for 'auto' the fastest to train a model of this width (n_embd)."""
+    """The dtype to compute in, for 'auto' the fastest for training at this width (n_embd)."""
     import torch
     if dtype == 'auto':
         dtype = 'float32'

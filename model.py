@@ -65,7 +65,8 @@ class GPTConfig:
 
 def rotate(x, rotation):
     """Rotary positions: turn each pair (x[i], x[i + half]) of a query or key by an angle
-    proportional to its position. Then q k depends on the distance of two tokens alone."""
+    proportional to its position. The product q k then depends only
+    on the distance between the two tokens."""
     cos, sin = rotation
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)
@@ -100,7 +101,7 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, rotation=None, cache=None, position=None, mask=None):
         q, k, v = self.queries_keys_values(x, rotation)
-        if cache is not None:  # generating: store the new keys and values, attend to all so far
+        if cache is not None:  # generating: store the new keys and values, attend to all tokens so far
             cache[0, :, :, position] = k
             cache[1, :, :, position] = v
             k, v = cache
@@ -112,8 +113,8 @@ class CausalSelfAttention(nn.Module):
 
 class MLP(nn.Module):
     """Each token by itself: widen four times, apply a nonlinearity, narrow again. Most of what
-    a GPT knows sits in these weights. GELU is ReLU with a rounded corner: x * P(a normal
-    number < x), so that a unit that is off still gets a little gradient."""
+    a GPT knows sits in these weights. GELU is ReLU with a rounded corner: x times the
+    probability that a normal variable is below x. An inactive unit still gets some gradient."""
 
     def __init__(self, config):
         super().__init__()
@@ -149,7 +150,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """Token ids in; out, at every position, a score (logit) for each possible next token."""
     recompute_activations = False  # recompute blocks in the backward pass: less memory, slower
-    compiled = False  # by compile_blocks
+    compiled = False  # set by compile_blocks
 
     def __init__(self, config):
         super().__init__()
@@ -164,8 +165,8 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight  # tied: one matrix embeds and scores
 
-        # GPT-2's initialization: what adds to the residual stream starts smaller, so that the
-        # sum over all blocks has the same size at any depth
+        # GPT-2's initialization: projections into the residual stream start smaller, so that its
+        # variance does not grow with depth
         for name, p in self.named_parameters():
             if name.endswith('bias'):
                 nn.init.zeros_(p)
@@ -189,8 +190,8 @@ class GPT(nn.Module):
         rotation = None
         if self.config.rope:
             half = self.config.n_embd // self.config.n_head // 2
-            speed = 10000 ** (-torch.arange(half, device=idx.device) / half)
-            angle = position[:, None] * speed  # (T, half): fast pairs to slow pairs
+            frequency = 10000 ** (-torch.arange(half, device=idx.device) / half)
+            angle = position[:, None] * frequency  # (T, half): fast pairs to slow pairs
             rotation = angle.cos(), angle.sin()
         else:
             x = x + self.transformer.wpe(position)
@@ -212,7 +213,7 @@ class GPT(nn.Module):
         return logits, loss
 
     def compile_blocks(self):
-        """Compile block by block: all blocks are alike, so one is compiled for all of them."""
+        """Compile block by block: all blocks are alike, so compiling one serves all."""
         self.compiled = True
         for block in self.transformer.h:
             block.compile()
@@ -376,8 +377,8 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None
 GPT.generate = generate  # so that the network above stands alone
 
 
-# Faster linear layers for generation. Each token reads every weight, so the memory sets the pace,
-# and the usual product with a few rows reaches only part of its bandwidth on a CPU.
+# Faster linear layers for generation. Each token reads every weight, so memory bandwidth is
+# the limit, and on a CPU a matrix product with few rows reaches only part of it.
 
 
 def has_few_rows(x):
@@ -427,7 +428,7 @@ class Int8Linear(nn.Module):
         super().__init__()
         weight = linear.weight.detach()
         scale = (weight.abs().amax(dim=1) / 127).clamp(min=1e-30)
-        scale = scale.bfloat16().float()  # bfloat16 models hold the same value
+        scale = scale.bfloat16().float()  # exact in bfloat16 too
         steps = (weight / scale[:, None]).round().clamp(-127, 127).to(torch.int8)
         self.register_buffer('scale', scale)
         self.weight = nn.Parameter(steps, requires_grad=False)
@@ -508,7 +509,7 @@ def read_safetensors(path):
         raise UserError(f'{path} is damaged or not a safetensors file: '
                         f'{str(error)[:200]}') from None
     for begin, end, name, dtype, shape in entries:
-        if end > begin:  # each tensor is mapped alone: pages that were read count as memory
+        if end > begin:  # map tensors one by one: pages already read count as used memory
             data = np.memmap(path, np.uint8, 'c', 8 + header_size + begin, end - begin)
             yield name, torch.from_numpy(data).view(SAFETENSORS_DTYPES[dtype]).view(shape)
 
@@ -602,8 +603,8 @@ CHECKPOINT_TYPES = dict(model=dict, model_args=dict, tokenizer=dict, config=dict
 
 
 def save_checkpoint(checkpoint, path):
-    """Write a checkpoint so that path is always the old one or the new one, whole, even after a
-    power cut. An OSError says why that failed."""
+    """Write a checkpoint so that path always holds the complete old one or the complete new one,
+    even after a power cut. An OSError says why that failed."""
     folder = os.path.dirname(path) or '.'
     try:
         with open(path + '.tmp', 'wb') as f:
@@ -650,8 +651,8 @@ def from_nanogpt(checkpoint, path, data):
             tokenizer = spec
     if not tokenizer:
         raise UserError(f'{path} was trained by nanoGPT on the {vocab_size} characters of dataset '
-                        f'{dataset!r}, but no meta.pkl with as many was found: copy its folder '
-                        f'to {ours}')
+                        f'{dataset!r}, but no matching meta.pkl was found: copy the '
+                        f"dataset's folder to {ours}")
     weights = {name.removeprefix('_orig_mod.'): w for name, w in checkpoint['model'].items()
                if not name.endswith('.attn.bias')}  # the mask
     optimizer = checkpoint.get('optimizer')

@@ -2,13 +2,13 @@
 Turn text into tokens: data/NAME/train.bin and val.bin (raw uint8 or uint16 ids)
 and meta.json (the tokenizer and the counts).
 
-$ python prepare.py --dataset=shakespeare_char  # the embedded text, by character
+$ python prepare.py --dataset=shakespeare_char  # the embedded text, by chars
 $ python prepare.py --dataset=shakespeare       # the same in GPT-2's tokens
 $ python prepare.py --dataset=mine --source=my_texts/ --tokenizer=bpe
 $ python prepare.py --dataset=fineweb --shards=10 # a billion tokens of FineWeb
 
-A source is a text file, a .jsonl file with a "text" field, either of them
-gzipped, a .parquet file with a "text" column, a folder of such files, or an
+A source is a text file, a .jsonl file with a "text" field (both may be
+gzipped), a .parquet file with a "text" column, a folder of such files, or an
 https address. Text is streamed, so it can exceed memory.
 
 Tokenizers: char, gpt2, bpe (byte-pair encoding trained on the source),
@@ -96,7 +96,7 @@ class CharTokenizer:
         ids = self.ids.take(code_points(text))
         if len(ids) and ids.max() == self.n_vocab:
             unknown = ' '.join(map(repr, sorted(set(text) - set(self.chars))[:20]))
-            raise UserError(f'the tokenizer does not know {unknown}: remove them from the text')
+            raise UserError(f'unknown to the tokenizer: {unknown}; remove from the text')
         return ids
 
     def decode_bytes(self, ids):
@@ -118,7 +118,7 @@ class BPETokenizer:
         try:
             return self.encoding.encode_to_numpy(text, allowed_special=allowed, disallowed_special=())
         except ValueError as error:
-            raise UserError(f'cannot split the text ({error}): shorten long runs of spaces') from None
+            raise UserError(f'cannot tokenize the text ({error}): shorten long runs of spaces') from None
 
     def decode_bytes(self, ids):
         return self.encoding.decode_bytes([int(i) for i in ids])
@@ -502,7 +502,7 @@ def prepare(dataset, source='', tokenizer='', vocab_size=4096, val_fraction=0.0,
     folder = os.path.join(DATA, dataset)
     files = locate_shards(row, folder, shards) if 'shards' in row else locate(source, folder)
     if not any(os.path.getsize(path) for path in files):
-        raise UserError(f'source={source!r} is empty: give a text')
+        raise UserError(f'source={source!r} is empty: pass a file with text')
     spec = make_spec(tokenizer, files, vocab_size)
     tok = get_tokenizer(spec)
     if tok.n_vocab > 65536:
@@ -570,7 +570,8 @@ def make_spec(tokenizer, files, vocab_size):
 
 
 def write_tokens(pieces, tok, dtype, path):
-    """Write the ids of all pieces, tok.eot between documents. Returns how many, and where documents start."""
+    """Write the ids of all pieces, tok.eot between documents. Returns the number of tokens
+    and where documents start."""
     separator = np.array([] if tok.eot is None else [tok.eot], dtype)
     starts = array('q')  # of all documents but the first
     n_tokens = 0

@@ -36,7 +36,7 @@ from prepare import DATA, DATASETS, SHAKESPEARE, get_tokenizer, load_dataset, pr
 out_dir = 'out'           # folder for ckpt.pt, best.pt and log.jsonl
 init_from = 'scratch'     # 'scratch', 'resume' or 'auto' (resume if out_dir has a run), or a model: gpt2-xl
 eval_interval = 2000      # steps between evaluations, which also save
-eval_iters = 200          # maximum number of batches in an evaluation
+eval_iters = 200          # maximum number of batches (of batch_size) in an evaluation
 eval_only = False         # evaluate once and exit
 log_interval = 1          # steps between log lines
 sample_interval = 0       # steps between text samples, a multiple of eval_interval; 0: never
@@ -83,9 +83,9 @@ compile = 'auto'          # torch.compile: True, False; auto: on CUDA, and in lo
 parallel = 'ddp'          # under torchrun: 'ddp', or 'fsdp' to shard the model over the processes
 activation_checkpointing = False  # recompute activations in the backward pass: less memory, slower
 backend = 'nccl'          # torch.distributed backend for CUDA; CPUs use gloo
-timeout = 30.0            # minutes to wait for another process before giving up on it
+timeout = 30.0            # minutes to wait for another process before giving up
 
-# dense bfloat16 peak (float16 on older cards) in TFLOPS, from the data sheets; first match counts
+# dense bfloat16 peak (float16 on older cards) in TFLOPS, from the data sheets; the first match wins
 PEAK_TFLOPS = {
     'B200': 2250, 'H200': 989, 'H100 PCIe': 756, 'H100': 989, 'A100': 312, 'L40S': 362, 'L4': 121,
     'A10': 125, 'V100': 125, 'T4': 65, 'RTX 4090': 165, 'RTX 3090': 71,
@@ -119,7 +119,7 @@ def window_starts(n_tokens, block_size, seed, first, count):
 
 def load_windows(path, dtype, starts, block_size, device):
     """Inputs and targets, (len(starts), block_size): the windows, and the same shifted by one."""
-    data = np.memmap(path, dtype, 'r')  # mapped each time: pages once read count as memory
+    data = np.memmap(path, dtype, 'r')  # mapped each time: pages already read count as used memory
     ids = torch.from_numpy(data[starts[:, None] + np.arange(block_size + 1)].astype(np.int64))
     if device.startswith('cuda'):
         ids = ids.pin_memory().to(device, non_blocking=True)  # copies while the GPU computes
@@ -141,8 +141,8 @@ def get_lr(step, peak, warmup, hold, decay_end, min_lr, schedule):
 
 
 def shard(model, device_type, dtype):
-    """FSDP2: split weights, gradients and optimizer state over all processes. The weights of a
-    block are gathered, on a GPU in dtype, when it computes."""
+    """FSDP2: split weights, gradients and optimizer state over all processes. Each block's
+    weights are gathered when it runs, in dtype on a GPU."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     mesh = dist.init_device_mesh(device_type, (dist.get_world_size(),))
     # LayerNorm on a CPU cannot mix two dtypes
@@ -154,7 +154,7 @@ def shard(model, device_type, dtype):
 
 
 def gather(value):
-    """The whole of a tensor that FSDP has sharded, on the CPU of rank 0. All ranks must call this."""
+    """The full tensor of a sharded one, on the CPU of rank 0. All ranks must call this."""
     if not isinstance(value, DTensor):
         return value
     value = value.full_tensor()
@@ -203,8 +203,8 @@ def truncate_log(path, iter_num):
 
 
 def exit_together(code):
-    """End one of several processes, once all are here. os._exit, because a thread of gloo can
-    abort a Python that is shutting down."""
+    """Wait for all ranks, then exit. os._exit avoids threads of gloo that can abort the interpreter
+    at shutdown."""
     dist.barrier()
     dist.destroy_process_group()
     sys.stdout.flush()
@@ -284,7 +284,7 @@ if __name__ == '__main__':
     torch.manual_seed(seed)
     resume = init_from == 'resume'
     if init_from == 'scratch':
-        padded = math.ceil(meta['vocab_size'] / 64) * 64  # matrix units prefer multiples of 64
+        padded = math.ceil(meta['vocab_size'] / 64) * 64  # GPUs are faster with multiples of 64
         raw_model = GPT(config_from_settings(config, vocab_size=padded))
     else:
         path = ckpt_path if resume else init_from
@@ -303,17 +303,18 @@ if __name__ == '__main__':
                 print0(f'{path} sets {name}={value}')
                 config[name] = value
     raw_model.recompute_activations = activation_checkpointing
-    for split, path in bins.items():
+    for split, bin_path in bins.items():
         if meta[f'{split}_tokens'] <= block_size:
-            raise UserError(f"{path} has {meta[f'{split}_tokens']:,} tokens, too few for a "
+            raise UserError(f"{bin_path} has {meta[f'{split}_tokens']:,} tokens, too few for a "
                             f'block_size of {block_size}: use a longer text or a smaller block_size')
 
     dtype = resolve_dtype(dtype, device, width=raw_model.config.n_embd)
     if dtype == 'float16' and (optimizer == 'muon' or fsdp):
-        raise UserError("dtype='float16' works only with optimizer='adamw' and parallel='ddp'")
+        raise UserError("dtype='float16' works only with optimizer='adamw' and parallel='ddp': "
+                        'use those, or --dtype=float32')
     if device_type == 'mps' and activation_checkpointing and dropout:
-        raise UserError('activation_checkpointing on mps would recompute with other dropout: '
-                        'use dropout=0')
+        raise UserError('activation_checkpointing on mps would recompute with a different '
+                        'dropout mask: use dropout=0')
     autocast = torch.autocast(device_type, getattr(torch, dtype), enabled=dtype != 'float32')
     tokens_per_step = gradient_accumulation_steps * batch_size * block_size
     flops_per_step = raw_model.flops_per_token() * tokens_per_step
@@ -341,20 +342,22 @@ if __name__ == '__main__':
 
     # -- optimizer ----------------------------------------------------------------
 
+    if decay_lr and lr_schedule == 'cosine' and min_lr > learning_rate:
+        raise UserError(f'min_lr={min_lr} exceeds learning_rate={learning_rate}: lower it')
     optimizers = raw_model.configure_optimizers(optimizer, weight_decay, learning_rate, (beta1, beta2))
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
     iter_num = 0
     best_val_loss = math.inf
     elapsed = 0.0  # seconds of training before this process started
     wandb_id = None
-    if resume:
-        saved = checkpoint.get('optimizer') or {}
-        if saved.keys() != optimizers.keys():
-            raise UserError(f'optimizer={optimizer!r}, but {ckpt_path} was trained with '
-                            f'{" and ".join(saved) or "no optimizer"}: use the same, or start anew '
-                            f'from its weights with --init_from={ckpt_path}')
+    if resume:  # with the data and dropout of each step, this makes a resumed run exact
+        saved_optimizers = checkpoint.get('optimizer') or {}
+        if saved_optimizers.keys() != optimizers.keys():
+            names = ' and '.join(saved_optimizers) or 'no optimizer'
+            raise UserError(f'optimizer={optimizer!r}, but {ckpt_path} was trained with {names}: use '
+                            f'the same, or start over from its weights: --init_from={ckpt_path}')
         for name in optimizers:
-            load_optimizer(optimizers[name], saved[name])
+            load_optimizer(optimizers[name], saved_optimizers[name])
         if checkpoint['scaler']:
             scaler.load_state_dict(checkpoint['scaler'])
         iter_num = checkpoint['iter_num']
@@ -391,14 +394,14 @@ if __name__ == '__main__':
                 _, loss = eval_model(x, y)
             losses.append(loss)
         eval_model.train()
-        mine = len(range(rank, count, world_size))
-        total = torch.stack(losses).cpu().double()[:mine].sum()
+        n_own = len(range(rank, count, world_size))
+        total = torch.stack(losses).cpu().double()[:n_own].sum()
         if ddp:
             dist.all_reduce(total)
         return total.item() / count
 
     def print_sample():
-        """Let the model write from the end of a text, or from a newline, on."""
+        """Print text that the model generates after the end of a text, or the first character."""
         tok = get_tokenizer(meta['tokenizer'])
         start = torch.tensor([[tok.eot or 0]], device=device)
         raw_model.eval()
@@ -435,7 +438,7 @@ if __name__ == '__main__':
         entry = dict(iter=iter_num, **values, seconds=round(seconds_trained(), 3))
         try:
             log_file.write((json.dumps(entry) + '\n').encode())
-        except OSError as error:  # a full disk is no reason to stop
+        except OSError as error:  # do not stop because the disk is full
             print0(f'warning: {log_path}: {error}')
         if wandb_log:
             wandb.log(values, step=iter_num)
@@ -446,10 +449,13 @@ if __name__ == '__main__':
     advice = (f'resume from the last checkpoint with a learning_rate below {learning_rate}'
               + (', or with grad_clip=1' if grad_clip == 0 else ''))
 
-    def save(name, **state):
+    def save(name, **more):
         """Write a checkpoint to out_dir. A failed save does not stop the run: returns the reason,
         on every rank, or '' after success."""
-        state['model'] = raw_model.state_dict()
+        state = dict(
+            model=raw_model.state_dict(), model_args=vars(raw_model.config), config=config,
+            tokenizer=meta['tokenizer'], iter_num=iter_num, elapsed=seconds_trained(),
+            wandb_id=wandb_id, **more)
         if fsdp:
             state = tree_map(gather, state)
             state['model']['lm_head.weight'] = state['model']['transformer.wte.weight']  # tied
@@ -457,18 +463,16 @@ if __name__ == '__main__':
         if rank == 0:
             if not all(w.isfinite().all() for w in state['model'].values()):
                 raise UserError(f'a weight is not finite at step {iter_num}, nothing saved: {advice}')
-            state.update(model_args=vars(raw_model.config), config=config, iter_num=iter_num,
-                         tokenizer=meta['tokenizer'], elapsed=seconds_trained(), wandb_id=wandb_id)
             try:
                 save_checkpoint(state, os.path.join(out_dir, name))
             except OSError as error:
                 problem = str(error)
         if ddp:
             message = [problem]
-            dist.broadcast_object_list(message)
+            dist.broadcast_object_list(message)  # the other ranks wait here
             problem = message[0]
         if problem:
-            print0(f'warning: {problem}; training goes on and saves again later')
+            print0(f'warning: {problem}; training continues, and the next save tries again')
         return problem
 
     def save_all():
@@ -621,8 +625,8 @@ if __name__ == '__main__':
         if wandb_log:
             wandb.finish()
     code = 128 + stop if stop else 0
-    if unsaved:
-        print(f'error: the end of this run is lost: {unsaved}', file=sys.stderr, flush=True)
+    if unsaved and rank == 0:
+        print(f'error: the last steps were not saved: {unsaved}', file=sys.stderr, flush=True)
         code = 2
     if ddp:
         exit_together(code)
