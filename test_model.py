@@ -561,8 +561,9 @@ def bpe_spec():
 
 
 def test_text_survives_encoding_and_decoding(bpe_spec, gpt2_files):
-    """Random Unicode, with lone surrogates and runs of spaces, decodes to itself, in one go and token by token. A char
-    tokenizer refuses what it does not know. <|endoftext|> is one token in a prompt and ordinary text in data."""
+    """Random Unicode, with lone surrogates and runs of spaces, decodes to itself, as a whole and token
+    by token. A char tokenizer refuses unknown characters. <|endoftext|> is one token in a prompt and
+    ordinary text in data."""
     rng = np.random.default_rng(0)
     refused = 0
     specs = dict(type='char', chars='\n abcé中'), bpe_spec, dict(type='gpt2')
@@ -578,7 +579,7 @@ def test_text_survives_encoding_and_decoding(bpe_spec, gpt2_files):
         try:
             ids = tok.encode(text, special=True)
         except UserError as error:
-            assert tok is toks[0] and 'does not know' in str(error)
+            assert tok is toks[0] and 'unknown to the tokenizer' in str(error)
             refused += 1
             continue
         assert ids.max() < tok.n_vocab
@@ -588,7 +589,8 @@ def test_text_survives_encoding_and_decoding(bpe_spec, gpt2_files):
 
 
 def test_bpe_training_is_the_textbook_algorithm():
-    """The same merges as counting all pairs for every merge and taking the most frequent, of equals the lowest ids."""
+    """The same merges as counting all pairs for every merge and taking the most frequent one, or among
+    equals the lowest ids."""
     words = Counter(TEXT[:4000].split(' ')) + Counter({'aaaaaaa': 3, 'ababab': 2})
     sequences = {word.encode().decode('latin1'): n for word, n in words.items()}  # one character per id
     expected = []
@@ -615,7 +617,8 @@ def test_text_read_in_pieces_has_the_same_ids(kind, bpe_spec, gpt2_files, monkey
         return pieces
     odd = ''.join(ODD_TEXTS).replace('\r\n', '\n').replace('\ufeff', '') * 3
     english, chinese = TEXT[:20_000], '中文，没有空格。' * 500
-    for text in (english, english.replace('\n', ' '), odd + english[:2000] + odd, chinese, '3,141\n592,\n' * 500):
+    one_line = english.replace('\n', ' ')
+    for text in (english, one_line, odd + english[:2000] + odd, chinese, '3,141\n592,\n' * 500):
         for chunk in (97, 1013):
             monkeypatch.setattr(prepare, 'CHUNK', chunk)
             ids = [tok.encode(piece) for piece in pieces(text)]
@@ -631,8 +634,8 @@ def stored(folder):
 
 
 def test_all_kinds_of_sources_give_the_same_bins(tmp_path):
-    """A folder, .jsonl and .jsonl.gz of the same documents: <|endoftext|> between documents, whole ones for validation.
-    In a folder, even the dataset's own, hidden files and what prepare.py wrote are not text."""
+    """A folder, .jsonl and .jsonl.gz of the same documents: <|endoftext|> between documents, whole ones
+    for validation. Hidden files and what prepare.py wrote are not text."""
     docs = [f'document {i}, नेपाली 🙂 {"x" * (i % 7)}\n' for i in range(40)]
     files = {f'{"sub/" if i >= 20 else ""}{i:02}.txt': doc for i, doc in enumerate(docs)}
     for name, text in (files | {'.hidden': 'not', '.git/config': 'this'}).items():
@@ -642,7 +645,8 @@ def test_all_kinds_of_sources_give_the_same_bins(tmp_path):
     (tmp_path / 'a.jsonl').write_bytes(lines)
     (tmp_path / 'a.jsonl.gz').write_bytes(gzip.compress(lines))
     results = []
-    for folder, source in (('texts', 'texts'), ('texts', 'texts/'), ('set', 'a.jsonl'), ('set', 'a.jsonl.gz')):
+    for folder, source in (('texts', 'texts'), ('texts', 'texts/'), ('set', 'a.jsonl'),
+                           ('set', 'a.jsonl.gz')):
         prepare.prepare(str(tmp_path / folder), f'{tmp_path}/{source}', 'bpe', vocab_size=300)
         bins, meta = stored(tmp_path / folder)
         train, val = (get_tokenizer(meta['tokenizer']).decode_bytes(ids).decode() for ids in bins)
@@ -656,7 +660,8 @@ def test_all_kinds_of_sources_give_the_same_bins(tmp_path):
 
 
 def test_bins_and_windows_hold_the_text(tmp_path, data):
-    """The bins hold the text, as uint8 up to 256 characters, as uint16 beyond. Targets are the next tokens."""
+    """The bins hold the text, as uint8 up to 256 characters and uint16 beyond. Targets are the next
+    tokens."""
     (train, val), meta = stored(data)
     assert get_tokenizer(meta['tokenizer']).decode_bytes(train + val).decode() == TEXT
     assert len(val) == round(0.1 * len(TEXT))
@@ -674,30 +679,34 @@ def test_bins_and_windows_hold_the_text(tmp_path, data):
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """A web server with the faults of real ones. files: {path: body}. The first part of a name selects the fault, for
-    the first request (busy, cut, norange) or for all. asked counts the requests for each path."""
+    """A web server with the faults of real ones. files: {path: body}. The first part of a name selects
+    the fault, for the first request (busy, cut, norange) or for all. asked counts the requests."""
     files, asked = {}, Counter()
 
     def do_GET(self):
         name, code, start, headers = self.path.strip('/'), 200, 0, {}
         self.asked[name] += 1
-        body, first, fault = self.files.get(name), self.asked[name] == 1, os.path.basename(name).partition('-')[0]
+        body, first = self.files.get(name), self.asked[name] == 1
+        fault = os.path.basename(name).partition('-')[0]
         wanted = int(re.fullmatch(r'bytes=(\d+)-', self.headers['Range'])[1])
         if body is None or fault == 'busy' and first:
             return self.send_error(404 if body is None else 500)
         if wanted and wanted >= len(body):
             return self.send_error(416)
         if fault == 'moved' and not name.startswith('new/'):  # as Hugging Face does, with the sha256
-            code, headers = 302, {'Location': f'/new/{name}', 'X-Linked-ETag': f'"{hashlib.sha256(body).hexdigest()}"'}
+            sha256 = hashlib.sha256(body).hexdigest()
+            code, headers = 302, {'Location': f'/new/{name}', 'X-Linked-ETag': f'"{sha256}"'}
         elif fault == 'page':
             headers = {'Content-Type': 'text/html; charset=utf-8'}
         elif wanted and fault != 'norange':
-            code, start, headers = 206, wanted, {'Content-Range': f'bytes {wanted}-{len(body) - 1}/{len(body)}'}
+            code, start = 206, wanted
+            headers = {'Content-Range': f'bytes {wanted}-{len(body) - 1}/{len(body)}'}
         self.send_response(code)
         for header in (headers | {'Content-Length': len(body) - start + 7 * (fault == 'short')}).items():
             self.send_header(*header)
         self.end_headers()
-        self.wfile.write(body[start:len(body) // 3] if first and fault in ('cut', 'norange') else body[start:])
+        end = len(body) // 3 if first and fault in ('cut', 'norange') else len(body)
+        self.wfile.write(body[start:end])
 
     def log_message(self, *args):
         pass
@@ -716,8 +725,8 @@ def server(monkeypatch):
 
 
 def test_downloads_are_complete_or_refused(server, tmp_path):
-    """An interrupted download resumes, also in a later run, and starts over if it cannot. A busy server is asked again.
-    A wrong file, an error page and half a file are refused and never get the file's name."""
+    """An interrupted download resumes, also in a later run, and starts over if it cannot. A busy server
+    is asked again. A wrong file, an error page and half a file never get the file's name."""
     body = bytes(range(256)) * 4000
     good, bad = ('fine', 'cut', 'norange', 'busy', 'moved-1'), ('missing', 'page', 'short', 'moved-2')
     Server.files |= dict.fromkeys((*good, *bad[1:], 'new/moved-1', 'fine-half', 'fine-long'), body)
@@ -730,8 +739,9 @@ def test_downloads_are_complete_or_refused(server, tmp_path):
     download({str(tmp_path / name): f'{server}/{name}' for name in ('fine-half', 'fine-long')})
     assert (tmp_path / 'fine-half').read_bytes() == bytes(1000) + body[1000:]
     assert (tmp_path / 'fine-long').read_bytes() == body
-    for name, message in zip(bad, ('404', 'web page', 'received 1,024,000 of 1,024,007|IncompleteRead',
-                                   f'corrupt .its sha256 is .*, not {hashlib.sha256(body).hexdigest()}'), strict=True):
+    messages = ('404', 'web page', 'received 1,024,000 of 1,024,007|IncompleteRead',
+                f'corrupt .its sha256 is .*, not {hashlib.sha256(body).hexdigest()}')
+    for name, message in zip(bad, messages, strict=True):
         refuses(message, download, {str(tmp_path / name): f'{server}/{name}'})
     refuses('sha256 is .*, not 00', download, {str(tmp_path / 'other'): f'{server}/fine'}, digest='00')
     refuses('3 attempts failed', download, {str(tmp_path / 'other'): 'http://127.0.0.1:9/nobody'})
@@ -745,8 +755,8 @@ def shard(ids):
 
 
 def test_large_datasets_come_in_shards(server, tmp_path, monkeypatch, gpt2_files):
-    """Shards become one train.bin, in order, and the validation shard val.bin. No shard is downloaded twice. A damaged
-    shard and a full disk are noticed before anything is overwritten."""
+    """Shards become one train.bin, in order, and the validation shard val.bin. No shard is downloaded
+    twice. A damaged shard and a full disk are noticed before anything is overwritten."""
     ids = [np.random.default_rng(i).integers(50257, size=1000 + i) for i in range(4)]
     for i, shard_ids in enumerate(ids):
         Server.files[f'fine-{i}.bin'] = shard(shard_ids)
@@ -950,14 +960,15 @@ def mutations(data, seed, count):
         for _ in range(rng.integers(1, 4)):
             at, n = rng.integers(len(changed)), int(rng.integers(1, 9))
             number = str(rng.integers(-9, 10 ** rng.integers(1, 18))).encode()
-            changed[at:at + n * rng.integers(2)] = [b'', rng.bytes(n), rng.bytes(n), number, changed[at:at + n]][n % 5]
+            inserts = [b'', rng.bytes(n), rng.bytes(n), number, changed[at:at + n]]
+            changed[at:at + n * rng.integers(2)] = inserts[n % 5]
         yield bytes(changed if rng.integers(8) else changed[:rng.integers(len(changed))])
 
 
 @pytest.mark.filterwarnings('ignore')
 def test_damaged_files_load_or_are_refused(data, bpe_spec, tmp_path):
-    """Thousands of damaged weights, checkpoints, pickles and meta.json files. Each one loads or raises UserError in one
-    line, and takes little memory."""
+    """Thousands of damaged weights, checkpoints, pickles and meta.json files. Each one loads or raises
+    UserError in one line, and takes little memory."""
     resource = pytest.importorskip('resource')
     def load_model(path):
         return GPT.from_checkpoint(load_checkpoint(str(path)))
@@ -966,14 +977,16 @@ def test_damaged_files_load_or_are_refused(data, bpe_spec, tmp_path):
         return tok.decode_bytes(tok.encode('the')) and tok.decode_bytes([0])
     def load_pickle(path):
         return prepare.nanogpt_tokenizer(str(path.parent))
-    tensors, zipped, old, plain = (tmp_path / name for name in ('model.safetensors', 'a.pt', 'old.pt', 'meta.pkl'))
+    names = ('model.safetensors', 'a.pt', 'old.pt', 'meta.pkl')
+    tensors, zipped, old, plain = (tmp_path / name for name in names)
     hugging_face(tmp_path, n_layer=1, n_embd=64, n_head=1, vocab_size=3, n_positions=2)
     (tmp_path / 'config.json').unlink()
     small = tiny(n_layer=1, n_embd=2, n_head=1, block_size=2, vocab_size=4)
     checkpoint = checkpoint_of(small, dict(type='gpt2')) | dict(config={}, iter_num=1, best_val_loss=1.0)
     torch.save(checkpoint, zipped)
     torch.save(checkpoint, old, _use_new_zipfile_serialization=False)
-    plain.write_bytes(pickle.dumps(dict(vocab_size=3, itos={0: 'a', 1: 'b', 2: 'c'}, stoi=dict(a=0, b=1, c=2))))
+    itos = {0: 'a', 1: 'b', 2: 'c'}
+    plain.write_bytes(pickle.dumps(dict(vocab_size=3, itos=itos, stoi=dict(a=0, b=1, c=2))))
     char = json.loads((data / 'meta.json').read_text()) | dict(train_tokens=50, val_tokens=50)
     bpe = char | dict(tokenizer=bpe_spec, vocab_size=657, dtype='uint16')
     for name, meta, size in (('char', char, 50), ('bpe', bpe, 100)):
@@ -1076,7 +1089,7 @@ def test_nanogpt_runs_resume(run, data, tmp_path, monkeypatch):
                    out / 'ckpt.pt')
     sample = partial(main, 'sample.py', '--max_new_tokens=9', '--device=cpu')
     sample(f'--out_dir={near}')
-    refuses("characters of dataset 'shakespeare_char', but no meta", sample, f'--out_dir={far}')
+    refuses("characters of dataset 'shakespeare_char', but no matching meta", sample, f'--out_dir={far}')
     shutil.copytree(run, ours)
     for out, name in ((far, dataset.name), (ours, data)):
         main('train.py', *TINY, f'--out_dir={out}', f'--dataset={name}', '--init_from=resume',
@@ -1458,14 +1471,14 @@ def test_a_full_disk_stops_nothing(start, data, tmp_path):
     args = [*TINY, f'--dataset={data}', f'--out_dir={tmp_path}', '--max_iters=60']
     process = start('train.py', *args, preexec_fn=limit)
     output = read_until(process, 'iter 20')
-    assert re.search(r'warning: cannot save .*ckpt.pt, [\d,.]+ MB free: .*goes on', output)
+    assert re.search(r'warning: cannot save .*ckpt.pt, [\d,.]+ MB free: .*continues', output)
     assert os.listdir(tmp_path) == ['log.jsonl']
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (-1, -1))
     assert 'best val loss' in process.stdout.read() and process.wait(60) == 0
     assert load_checkpoint(str(newest))['iter_num'] == 60
     before = newest.read_bytes()
     resumed = command('train.py', *args, '--init_from=resume', '--max_iters=61', preexec_fn=limit)
-    assert resumed.returncode == 2 and 'error: the end of this run is lost: ' in resumed.stderr
+    assert resumed.returncode == 2 and 'error: the last steps were not saved: ' in resumed.stderr
     assert newest.read_bytes() == before
 
 
@@ -1593,7 +1606,7 @@ def test_a_conversation(start, run):
     process.stdin.close()
     output = process.stdout.read()
     assert process.wait(60) == 0
-    assert "does not know '5' '€'" in output and 'Traceback' not in output
+    assert "unknown to the tokenizer: '5' '€'" in output and 'Traceback' not in output
 
 
 def test_the_layout_adds_up(capsys):
