@@ -602,29 +602,6 @@ CHECKPOINT_TYPES = dict(model=dict, model_args=dict, tokenizer=dict, config=dict
                         best_val_loss=float)
 
 
-def save_checkpoint(checkpoint, path):
-    """Write a checkpoint so that path always holds the complete old one or the complete new one,
-    even after a power cut. An OSError says why that failed."""
-    folder = os.path.dirname(path) or '.'
-    try:
-        with open(path + '.tmp', 'wb') as f:
-            torch.save(checkpoint, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(path + '.tmp', path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        with contextlib.suppress(OSError):
-            os.remove(path + '.tmp')
-        free = shutil.disk_usage(folder).free if os.path.isdir(folder) else 0
-        reason = str(error).splitlines()[0][:120]
-        raise OSError(f'cannot save {path}, {free / 1e6:,.1f} MB free: {reason}') from None
-    if os.name == 'posix':  # make the new name durable
-        descriptor = os.open(folder, os.O_RDONLY)
-        with contextlib.suppress(OSError):  # some file systems cannot do this
-            os.fsync(descriptor)
-        os.close(descriptor)
-
-
 def verify_archive(f):
     """Compare a checkpoint's tensors with their checksums, which torch.load does not do."""
     if zipfile.is_zipfile(f):
@@ -659,6 +636,29 @@ def from_nanogpt(checkpoint, path, data):
     return dict(model=weights, tokenizer=tokenizer, scaler={},
                 best_val_loss=float(checkpoint['best_val_loss']),
                 optimizer=optimizer and dict(adamw=optimizer))
+
+
+def save_checkpoint(checkpoint, path):
+    """Write a checkpoint so that path always holds the complete old one or the complete new one,
+    even after a power cut. An OSError says why that failed."""
+    folder = os.path.dirname(path) or '.'
+    try:
+        with open(path + '.tmp', 'wb') as f:
+            torch.save(checkpoint, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(path + '.tmp', path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        with contextlib.suppress(OSError):
+            os.remove(path + '.tmp')
+        free = shutil.disk_usage(folder).free if os.path.isdir(folder) else 0
+        reason = str(error).splitlines()[0][:120]
+        raise OSError(f'cannot save {path}, {free / 1e6:,.1f} MB free: {reason}') from None
+    if os.name == 'posix':  # make the new name durable
+        descriptor = os.open(folder, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # some file systems cannot do this
+            os.fsync(descriptor)
+        os.close(descriptor)
 
 
 def load_checkpoint(source, data=None):
