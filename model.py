@@ -451,6 +451,7 @@ def optimize_for_generation(model, int8=False, compile=False):
                 setattr(module, name, linear_class(child))
     if compile:
         model.compile_blocks()
+        model.lm_head.compile()
 
 
 # -----------------------------------------------------------------------------
