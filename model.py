@@ -112,9 +112,9 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Each token by itself: widen four times, apply a nonlinearity, narrow again. Most of what
-    a GPT knows sits in these weights. GELU is ReLU with a rounded corner: x times the
-    probability that a normal variable is below x. An inactive unit still gets some gradient."""
+    """Processes each token independently: expand it to four times its width, apply a nonlinearity,
+    project it back. GELU is a smooth ReLU: x times the probability that a normal variable is
+    below x. An inactive unit still gets some gradient."""
 
     def __init__(self, config):
         super().__init__()

@@ -39,11 +39,11 @@ import requests
 
 from configurator import UserError, check, configure, optional
 
-dataset = 'shakespeare_char'  # folder in data/: a name from the table below, or a new one with --source
-source = ''         # file, folder or https address of the text; '': from the table
-tokenizer = ''      # char, gpt2, bpe, sp:FILE.model or a meta.json; '': from the table, or gpt2
+dataset = 'shakespeare_char'  # a dataset of the table in this file, or a new name with --source
+source = ''         # file, folder or https address of the text; '': the dataset's own
+tokenizer = ''      # char, gpt2, bpe, sp:FILE.model or a meta.json; '': the dataset's own, or gpt2
 vocab_size = 4096   # vocabulary size of a bpe tokenizer
-val_fraction = 0.0  # fraction of tokens for validation, taken from the end; 0: from the table, or 0.1
+val_fraction = 0.0  # fraction of tokens held out, from the end; 0: the dataset's own, or 0.1
 shards = 0          # number of shards to download of a large dataset; 0: all
 
 DATA = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data')

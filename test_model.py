@@ -238,7 +238,8 @@ def test_rope_is_a_rotation_of_complex_numbers():
 
 
 def test_layer_norm_is_mean_zero_variance_one():
-    """Each token by itself: minus mean, over standard deviation, times weight, plus bias."""
+    """For each token: subtract the mean, divide by the standard deviation, multiply by the weight
+    and add the bias."""
     norm, x = tiny().transformer.ln_f, torch.randn(2, 3, 32) * 5 + 1
     mean = x.mean(-1, keepdim=True)
     variance = x.var(-1, keepdim=True, correction=0)
@@ -555,7 +556,8 @@ def test_streamed_text_is_whole_characters_up_to_stop():
 @pytest.fixture(scope='session')
 def bpe_spec():
     import regex
-    words = Counter(regex.findall(SPLIT, TEXT + 'नेपाली भाषा राम्रो छ 中文 🙂'))
+    nepali = 'नेपाली भाषा राम्रो छ'
+    words = Counter(regex.findall(SPLIT, f'{TEXT}{nepali} 中文 🙂'))
     return dict(type='bpe', split=SPLIT, merges=[list(pair) for pair in train_bpe(words, 400)])
 
 
