@@ -36,7 +36,17 @@ from torch.nn.utils.rnn import pad_sequence
 
 from configurator import UserError, check, configure, keep_memory, optional, resolve_device, resolve_dtype
 from model import GPT, config_from_settings, load_checkpoint, optimize_for_generation
-from prepare import DATA, SHAKESPEARE, Progress, get_tokenizer, load_dataset, locate, prepare, read
+from prepare import (
+    DATA,
+    SHAKESPEARE,
+    Progress,
+    encode_documents,
+    get_tokenizer,
+    load_dataset,
+    locate,
+    prepare,
+    read,
+)
 from train import exit_together, peak_flops
 
 task = 'train'      # 'train', 'generate', 'prepare', 'hellaswag', 'loss' or 'curves'
@@ -344,16 +354,11 @@ def read_ids(tok, spec):
     if source.endswith('.bin'):
         meta, _ = load_dataset(os.path.dirname(os.path.abspath(source)))
         if meta['tokenizer'] != spec:
-            raise UserError(f"source={source} uses another tokenizer than the model: pass the text itself")
+            raise UserError(f'source={source} uses another tokenizer than the model: pass the text itself, '
+                            f'or prepare it with --tokenizer={init_from}')
         return np.fromfile(source, meta['dtype'])
-    parts = [np.array([], np.uint16)]
     files = rank_0_first(locate, source, os.path.join(DATA, task))
-    for text, ends_document in read(files, 'tokens'):
-        parts.append(tok.encode(text))
-        if ends_document and tok.eot is not None:
-            parts.append([tok.eot])
-    ids = np.concatenate(parts)
-    return ids if tok.eot is None else ids[:-1]  # nothing follows the last document
+    return np.concatenate([ids for ids, _ in encode_documents(read(files, 'tokens'), tok)])
 
 
 @torch.no_grad()
@@ -465,7 +470,8 @@ def draw_in_terminal(curves, low, high, width=70, height=20):
         for x, y in points['val']:
             if y <= high:
                 row = rows[round((high - y) / (high - low) * (height - 1))]
-                row[round(x / end * (width - 1))] = letter
+                column = round(x / end * (width - 1))
+                row[column] = letter if row[column] in (' ', letter) else '*'  # *: several runs
     for number, row in enumerate(rows):
         y = high - (high - low) * number / (height - 1)
         print(f'{y:8.3f}|{"".join(row).rstrip()}')

@@ -29,7 +29,12 @@ class UserError(Exception):
     """A mistake that the user can fix. The message says what is wrong, with the value, and what to do."""
 
     def __str__(self):
-        return ' '.join(super().__str__().split())  # one line, whatever it quotes
+        return one_line(super().__str__())
+
+
+def one_line(text):
+    """The text without line breaks and terminal escape sequences, whatever it quotes."""
+    return ''.join(c if c.isprintable() else '?' for c in ' '.join(str(text).split()))
 
 
 def configure(namespace, argv=None):
@@ -43,8 +48,8 @@ def configure(namespace, argv=None):
 
     def override(name, value, source):
         if name not in settings:
-            nearest = difflib.get_close_matches(name.replace('-', '_'), settings, 1, 0.5)
-            hint = f'did you mean {nearest[0]}?' if nearest else '--help lists them all'
+            nearest = _nearest(name.replace('-', '_'), settings)
+            hint = f'did you mean {nearest}?' if nearest else '--help lists them all'
             raise UserError(f'{source}: unknown setting {name!r}: {hint}')
         settings[name] = _convert(name, value, defaults[name], source)
 
@@ -62,6 +67,17 @@ def configure(namespace, argv=None):
             override(name, value, arg)
     namespace.update(settings)
     return settings
+
+
+def _nearest(name, settings):
+    """The setting that name abbreviates (lr: learning_rate, grad_accum: gradient_accumulation_steps) or
+    misspells."""
+    pattern = '[a-z]*_'.join(map(re.escape, name.split('_')))
+    for setting in settings:
+        initials = ''.join(word[:1] for word in setting.split('_'))
+        if name and (name == initials or re.match(pattern, setting)):
+            return setting
+    return next(iter(difflib.get_close_matches(name, settings, 1)), None)
 
 
 def _convert(name, value, default, source):
@@ -85,8 +101,8 @@ def _convert(name, value, default, source):
 def _run_file(path, settings):
     """Run an override file and return the settings that it defines. Modules, functions and _names
     in it are private."""
-    if not os.path.isfile(path):
-        raise UserError(f'there is no override file {path!r}: a setting is written --name=value')
+    if not os.path.isfile(path) or not path.endswith('.py'):
+        raise UserError(f'{path!r} is not an override file (.py): a setting is written --name=value')
     scope = dict(settings, __file__=path, __name__='config')
     try:
         with open(path, encoding='utf-8-sig') as f:
@@ -137,7 +153,7 @@ def optional(module, needed_for):
 
 def _report_error(settings, kind, error, trace):
     """The scripts' sys.excepthook: one line where the user can act on it, a traceback otherwise."""
-    text = ' '.join(str(error).split())
+    text = one_line(error)
     rank = os.environ.get('RANK')
     if issubclass(kind, KeyboardInterrupt):
         sys.exit(130)

@@ -20,6 +20,7 @@ import re
 import shutil
 import sys
 import textwrap
+import unicodedata
 import zipfile
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -486,6 +487,13 @@ SAFETENSORS_DTYPES = dict(F32=torch.float32, F16=torch.float16, BF16=torch.bfloa
                           U8=torch.uint8, BOOL=torch.bool)
 
 
+def beyond_gpt2(config):
+    """The flags of a config that GPT-2's format cannot hold."""
+    gpt2_fields = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias')
+    return [f.name for f in fields(config)
+            if f.name not in gpt2_fields and getattr(config, f.name) != f.default]
+
+
 def read_safetensors(path):
     """Yield (name, tensor) from a .safetensors file: the length of the header, the header as
     JSON, and the tensors' bytes. The header must account for every byte of the file."""
@@ -516,18 +524,9 @@ def read_safetensors(path):
 
 
 def find_pretrained(name):
-    """The file with OpenAI's weights: in our cache, in Hugging Face's, or downloaded to ours."""
+    """The file with OpenAI's weights, downloaded once to GPT_CACHE."""
     cache = os.path.expanduser(os.environ.get('GPT_CACHE') or '~/.cache/gpt')
     path = os.path.join(cache, name, 'model.safetensors')
-    hf_home = os.environ.get('HF_HOME') or os.path.join(
-        os.environ.get('XDG_CACHE_HOME') or '~/.cache', 'huggingface')
-    hub_cache = os.environ.get('HF_HUB_CACHE') or os.path.join(hf_home, 'hub')
-    hub_cache = Path(hub_cache).expanduser()
-    snapshots = f'models--openai-community--{name}/snapshots/*/model.safetensors'
-    for file in (path, *hub_cache.glob(snapshots)):
-        if os.path.exists(file):
-            return file
-    print(f'downloading {name} to {path} (GPT_CACHE=FOLDER moves it)', file=sys.stderr)
     url = f'{HUB}/openai-community/{name}/resolve/main/model.safetensors'
     sha256 = PRETRAINED[name][3]
     download({path: url}, sha256, check=lambda path: next(read_safetensors(path), None))
@@ -607,12 +606,19 @@ def verify_archive(f):
     """Compare a checkpoint's tensors with their checksums, which torch.load does not do."""
     if zipfile.is_zipfile(f):
         archive = zipfile.ZipFile(f)
-        # no checksum covers the attribute that makes a file a folder, which torch reads as zeros
-        folders = [entry.filename for entry in archive.infolist() if entry.external_attr]
-        damaged = archive.testzip() or folders
-        if damaged:
-            raise ValueError(f'{damaged} has changed since it was saved')
+        # torch.save neither compresses (a small file could fill the memory) nor sets the attribute
+        # that makes a file a folder, which torch.load reads as zeros
+        changed = [entry.filename for entry in archive.infolist()
+                   if entry.compress_type or entry.external_attr] or archive.testzip()
+        if changed:
+            raise ValueError(f'changed since it was saved: {changed}')
     f.seek(0)
+
+
+def is_plain(value):
+    """A tensor of floating point numbers, each with its own place in memory."""
+    return (isinstance(value, torch.Tensor) and value.is_floating_point() and value.is_contiguous()
+            and value.device.type == 'cpu' and value.layout == torch.strided)
 
 
 def from_nanogpt(checkpoint, path, data):
@@ -677,8 +683,8 @@ def load_checkpoint(source, data=None):
         best = path / 'best.pt'
         path = best if best.exists() else path / 'ckpt.pt'
     if not path.exists():
-        raise UserError(f'there is no checkpoint {path}: name the folder of a run, one of '
-                        f'{", ".join(PRETRAINED)}, or train a model first')
+        raise UserError(f'there is no checkpoint {path}: name the folder of a run with --out_dir or '
+                        f'--init_from, or a model: {", ".join(PRETRAINED)}')
     try:
         with open(path, 'rb') as f:
             verify_archive(f)
@@ -696,6 +702,8 @@ def load_checkpoint(source, data=None):
     for key, kind in CHECKPOINT_TYPES.items():
         if not isinstance(checkpoint.get(key), kind):
             raise UserError(f'{path} is not a checkpoint of this code: it lacks {key!r}')
+    if not all(map(is_plain, checkpoint['model'].values())):
+        raise UserError(f'{path} is damaged: its weights are not contiguous floating point tensors')
     return checkpoint | dict(path=str(path))
 
 
@@ -750,11 +758,8 @@ def to_huggingface(checkpoint, folder):
     """Write a folder that transformers loads: weights, config and tokenizer."""
     model = from_checkpoint(checkpoint)
     config = model.config
-    gpt2_fields = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias')
-    changed = [f.name for f in fields(config)
-               if f.name not in gpt2_fields and getattr(config, f.name) != f.default]
-    if changed:
-        raise UserError(f"GPT-2's format cannot hold a model with {', '.join(changed)}: "
+    if extensions := beyond_gpt2(config):
+        raise UserError(f"GPT-2's format cannot hold a model with {', '.join(extensions)}: "
                         'use --export_onnx=FILE')
     tok = get_tokenizer(checkpoint['tokenizer'])
     tensors = {}
@@ -771,6 +776,7 @@ def to_huggingface(checkpoint, folder):
         'config.json': GPT2_CONFIG | ends | dict(
             architectures=['GPT2LMHeadModel'], dtype='float32', n_layer=config.n_layer,
             n_head=config.n_head, n_embd=config.n_embd, n_positions=config.block_size,
+            n_ctx=config.block_size,  # which llama.cpp's converter reads
             vocab_size=tok.n_vocab, resid_pdrop=config.dropout, embd_pdrop=config.dropout,
             attn_pdrop=config.dropout),
         'generation_config.json': ends if tok.eot is not None else {},
@@ -816,10 +822,17 @@ def record_pass(model, *inputs):
     return records
 
 
+def columns(text):
+    """How many columns of a terminal the text takes."""
+    marks = sum(unicodedata.category(c) in ('Mn', 'Me') for c in text)
+    wide = sum(unicodedata.east_asian_width(c) in 'WF' for c in text)
+    return len(text) - marks + wide
+
+
 @torch.no_grad()
 def trace_text(model, tok, text, layer, head):
-    """Print a forward pass: every module's output, the attention of one head, and what the model
-    would predict after each block. Returns the logits."""
+    """Print a forward pass: every module's output, the attention of one head, the loss at each token,
+    and what the model would predict after each block. Returns the logits."""
     check(dict(layer=layer, head=head), 'layer >= 0', f'layer < {model.config.n_layer}',
           'head >= 0', f'head < {model.config.n_head}')
     ids = tok.encode(text, special=True).tolist()
@@ -828,11 +841,13 @@ def trace_text(model, tok, text, layer, head):
         raise UserError(f'trace={text!r} has {T} tokens: use 1 to {model.config.block_size}')
     records = record_pass(model, torch.tensor([ids]))
 
-    def piece(i):
-        return repr(tok.decode_bytes([i]).decode('utf-8', 'replace'))[1:-1]
+    def show(id, width=0):
+        piece = tok.decode_bytes([id]).decode('utf-8', 'replace')[:9]
+        if unicodedata.category(piece[:1] or ' ').startswith('M'):
+            piece = '\u25cc' + piece  # a circle carries a mark that has lost its letter
+        return repr(piece) + ' ' * (width - columns(repr(piece)))
 
-    tokens = ' '.join(f'{piece(i)!r}={i}' for i in ids)
-    print(textwrap.fill(f'{T} tokens: {tokens}', 80, break_on_hyphens=False))
+    print(textwrap.fill(f'{T} tokens: {" ".join(f"{show(i)}={i}" for i in ids)}', 80))
     print(f'\n{"output of":<18}{"shape":<18}{"mean":>9}{"std":>9}    what it does')
     for name, (_, output) in records.items():
         last = name.split('.')[-1]
@@ -847,26 +862,28 @@ def trace_text(model, tok, text, layer, head):
     scores = q[0, head] @ k[0, head].T / math.sqrt(q.shape[-1])
     future = torch.ones(T, T, dtype=torch.bool).triu(1)
     weights = scores.masked_fill(future, -math.inf).softmax(dim=-1)
+    first = max(0, T - 16)  # as many as fit
+    print(f'\nlayer {layer}, head {head}: percent of its attention that each token (row) gives to '
+          f'each\nearlier one (column)\n{"":<16}' + ''.join(f'{i:>4}' for i in range(first, T)))
+    for i in range(first, T):
+        shares = ''.join(f'{100 * weight:>4.0f}' for weight in weights[i, first:i + 1])
+        print(f'{i:>4} {show(ids[i], 11)}{shares}')
 
-    shown = slice(max(0, T - 33), T)  # as many as fit
-    labels = [piece(i)[:12] for i in ids[shown]]
-    height = max(map(len, labels))
-    print(f'\nlayer {layer}, head {head}: how much each token (row) attends to each earlier one\n'
-          'blank: below 10%, then in steps of 10%: . : - = + * # % @')
-    for letters in zip(*(label.rjust(height) for label in labels), strict=True):
-        print(' ' * 14 + ' '.join(letters))
-    for label, row in zip(labels, weights[shown, shown].tolist(), strict=True):
-        marks = [' .:-=+*#%@'[min(9, int(10 * weight))] for weight in row]
-        print(f'{label:>12}  {" ".join(marks)}'.rstrip())
+    logits = records['lm_head'][1]
+    chances = logits[0, :-1].softmax(-1).gather(1, torch.tensor(ids)[1:, None])[:, 0]
+    print(f'\n     {"token":<11} {"next token":<11}{"chance":>8}{"loss":>9}')
+    for i in range(first, T - 1):
+        print(f'{i:>4} {show(ids[i], 11)} {show(ids[i + 1], 11)}{chances[i]:>8.1%}'
+              f'{-chances[i].log():>9.3f}')
 
     print('\nblock  norm of the stream  next token, if this block were the last')
     for i in range(model.config.n_layer):
         _, x = records[f'h.{i}']
-        logits = model.lm_head(model.transformer.ln_f(x[0, -1]))[:tok.n_vocab]
-        probs, likely = logits.softmax(-1).topk(min(4, tok.n_vocab))
-        guesses = [f'{piece(i)!r} {p:.1%}' for i, p in zip(likely.tolist(), probs, strict=True)]
+        guess = model.lm_head(model.transformer.ln_f(x[0, -1]))[:tok.n_vocab]
+        probs, likely = guess.softmax(-1).topk(min(4, tok.n_vocab))
+        guesses = [f'{show(i)} {p:.1%}' for i, p in zip(likely.tolist(), probs, strict=True)]
         print(f'{i:>5}{x.norm(dim=-1).mean():>20.2f}  {"  ".join(guesses)}'[:80])
-    return records['lm_head'][1]
+    return logits
 
 
 def print_layout(config, batch_size, dtype):

@@ -69,12 +69,12 @@ DATASETS = {  # shards: numbers that replace the % in source; disk: GB per shard
 END_OF_TEXT = '<|endoftext|>'
 GPT2_VOCAB = 50257
 SPLIT = (  # bpe merges bytes only within these pieces of text, which resemble GPT-4's
-    r"'(?i:[sdmt]|ll|ve|re)"                  # English contractions
-    r'|[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+'  # a word with the space before it; \p{M}: vowel signs
-    r'|\p{N}{1,3}'                            # up to three digits
-    r'| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*'        # punctuation
-    r'|\s*[\r\n]|\s+(?!\S)|\s+'               # white space
-)
+    r"'(?i:[sdmt]|ll|ve|re)"                      # English contractions
+    r'|[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]{1,32}'  # a word with the space before it; \p{M}: vowel signs
+    r'|\p{N}{1,3}'                                # up to three digits
+    r'| ?[^\s\p{L}\p{M}\p{N}]{1,32}[\r\n]*'       # punctuation
+    r'|\s*[\r\n]|\s+(?!\S)|\s+'                   # white space
+)  # 32: longer words are cut, or text without spaces (DNA, Chinese) would take hours to train on
 
 
 def code_points(text):
@@ -96,7 +96,7 @@ class CharTokenizer:
         ids = self.ids.take(code_points(text))
         if len(ids) and ids.max() == self.n_vocab:
             unknown = ' '.join(map(repr, sorted(set(text) - set(self.chars))[:20]))
-            raise UserError(f'unknown to the tokenizer: {unknown}; remove from the text')
+            raise UserError(f'unknown to the tokenizer: {unknown}; remove them, or use --tokenizer=bpe')
         return ids
 
     def decode_bytes(self, ids):
@@ -186,6 +186,8 @@ def get_tokenizer(spec):
             pieces = [bytes([byte]) for byte in range(256)]
             for left, right in spec['merges']:
                 pieces.append(pieces[left] + pieces[right])
+                if len(pieces[-1]) > 10_000:
+                    raise ValueError(f'a token of {len(pieces[-1]):,} bytes')
             ranks = {piece: rank for rank, piece in enumerate(pieces)}
             special = {END_OF_TEXT: len(pieces)}
             return BPETokenizer(tiktoken.Encoding(
@@ -367,7 +369,7 @@ def locate(source, folder):
     if not os.path.isdir(source):
         raise UserError(f'source={source!r} does not exist: give a file, folder or https address')
     paths = glob.glob(os.path.join(glob.escape(source), '**'), recursive=True)  # without hidden files
-    written_here = ('.bin', '.tmp', '.part', 'meta.json')
+    written_here = ('.bin', '.tmp', '.part', '.etag', 'meta.json')
     return sorted(path for path in paths if os.path.isfile(path) and not path.endswith(written_here))
 
 
@@ -387,6 +389,25 @@ def locate_shards(row, folder, shards):
 # -----------------------------------------------------------------------------
 # Downloading
 
+def lock_folder(folder):
+    """Become the only writer of a folder. The lock ends when the returned file is closed, at the latest
+    with this process."""
+    os.makedirs(folder, exist_ok=True)
+    file = open(os.path.join(folder, '.lock'), 'a')
+    try:
+        if os.name == 'nt':
+            import msvcrt
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if isinstance(error, (BlockingIOError, PermissionError)):  # others: this file system has no locks
+            raise UserError(f'another process is writing to {folder}: wait for it, or use another '
+                            'folder') from None
+    return file
+
+
 PAUSES = 0.5, 1, 2, 4, 0  # seconds to wait after each failed attempt
 
 
@@ -398,64 +419,86 @@ def download(urls, digest=None, check=None):
             continue
         print(f'downloading {url}', file=sys.stderr)
         part = path + '.part'
-        for attempt, pause in enumerate(PAUSES, 1):
+        with lock_folder(os.path.dirname(path)):
+            expected = fetch_with_retries(url, part)
             try:
-                linked = fetch(url, part)
-                break
-            except requests.RequestException as error:
-                if attempt == len(PAUSES):
-                    raise UserError(f'{url}: {attempt} attempts failed ({error}): run the same command '
-                                    'again to resume') from None
-                time.sleep(pause)
-        expected = digest or linked
+                expected = digest or expected
+                if expected and expected != (actual := sha256([part])):
+                    raise UserError(f'its sha256 is {actual}, not {expected}')
+                if check:
+                    check(part)
+            except UserError as error:
+                os.remove(part)
+                raise UserError(f'{url}: the download is corrupt ({error}): try again') from None
+            os.replace(part, path)
+
+
+def fetch_with_retries(url, part):
+    for attempt, pause in enumerate(PAUSES, 1):
         try:
-            if expected and expected != (actual := sha256([part])):
-                raise UserError(f'its sha256 is {actual}, not {expected}')
-            if check:
-                check(part)
-        except UserError as error:
-            os.remove(part)
-            raise UserError(f'{url}: the download is corrupt ({error}): try again') from None
-        os.replace(part, path)
+            return fetch(url, part)
+        except requests.RequestException as error:
+            if attempt == len(PAUSES):
+                raise UserError(f'{url}: {attempt} attempts failed ({error}): run the same command '
+                                'again to resume') from None
+            time.sleep(pause)
 
 
 def fetch(url, part):
     """Try once to complete the file part. Returns the sha256 if Hugging Face sends it."""
-    start = os.path.getsize(part) if os.path.exists(part) else 0
-    headers = {'Accept-Encoding': 'identity', 'Range': f'bytes={start}-'}
+    etag_path = part + '.etag'  # names the version of the file that part is the beginning of
+    headers = {'Accept-Encoding': 'identity'}
+    start = 0
+    if os.path.exists(part) and os.path.exists(etag_path):
+        start = os.path.getsize(part)
+        with open(etag_path, encoding='latin-1') as file:
+            headers |= {'Range': f'bytes={start}-', 'If-Range': file.read()}
     check_https(url)
     with requests.get(url, headers=headers, stream=True, timeout=(10, 60)) as reply:
         hops = [*reply.history, reply]
         for hop in hops:
             check_https(hop.url)
         code = reply.status_code
-        resumes = reply.headers.get('Content-Range', '').startswith(f'bytes {start}-')
-        if start and (code == 416 or code == 206 and not resumes):
-            os.remove(part)
-            raise requests.ConnectionError('the file on the server has changed')
+        content_range = re.fullmatch(rf'bytes {start}-\d+/(\d+)', reply.headers.get('Content-Range', ''))
+        length = reply.headers.get('Content-Length', '')
         if code in (401, 403, 404):
             raise UserError(f'the server answers {code} {reply.reason} for {url}: check the address')
-        if code not in (200, 206):
+        if start and (code == 416 or code == 206 and not content_range):
+            os.remove(part)
+            raise requests.ConnectionError('the server cannot continue the download')
+        if code != 200 and not content_range:
             raise requests.ConnectionError(f'the server answered {code} {reply.reason}')
         if 'text/html' in reply.headers.get('Content-Type', ''):
             raise UserError(f'{url} is a web page: give the address of the file itself')
-        if code == 200:  # the server sends the whole file
+        total = None
+        if code == 206:
+            total = int(content_range[1])
+        elif length.isdecimal():
+            total = int(length)
+        elif reply.headers.get('Transfer-Encoding') != 'chunked':  # whose end is marked
+            raise UserError(f'{url}: the server does not say how long the file is: download it another way')
+        if code == 200:  # the whole file, perhaps a newer version
             start = 0
-        length = int(reply.headers.get('Content-Length', 0))
-        check_space(os.path.dirname(part), length)
-        progress = Progress(os.path.basename(part), length / 1e6, 'MB')
+        check_space(os.path.dirname(part), (total or 0) - start)
+        etag = reply.headers.get('ETag', '')
+        if etag.startswith('"'):  # others do not tell versions apart
+            with open(etag_path, 'w', encoding='latin-1') as file:
+                file.write(etag)
+        progress = Progress(os.path.basename(part), (total or 0) / 1e6, 'MB')
         with open(part, 'ab' if start else 'wb') as file:
             for block in reply.iter_content(1 << 16):
                 file.write(block)
-                progress((file.tell() - start) / 1e6)
-            if file.tell() < start + length:
-                raise requests.ConnectionError(f'received {file.tell():,} of {start + length:,} bytes')
-        linked = re.fullmatch('"?([0-9a-f]{64})"?', hops[0].headers.get('X-Linked-ETag', ''))
-        return linked[1] if linked else None
+                progress(file.tell() / 1e6)
+            if total is not None and file.tell() != total:
+                raise requests.ConnectionError(f'received {file.tell():,} of {total:,} bytes')
+    if etag.startswith('"'):
+        os.remove(etag_path)
+    linked = re.fullmatch('"?([0-9a-f]{64})"?', hops[0].headers.get('X-Linked-ETag', ''))
+    return linked[1] if linked else None
 
 
 def check_https(url):
-    if not re.match(r'https://|http://(127\.0\.0\.1|localhost)[:/]', url):
+    if not re.match(r'https://|http://(127\.0\.0\.1|localhost)(:\d+)?/', url):
         raise UserError(f'{url} is not secure: use https')
 
 
@@ -504,21 +547,23 @@ def prepare(dataset, source='', tokenizer='', vocab_size=4096, val_fraction=0.0,
     if not any(os.path.getsize(path) for path in files):
         raise UserError(f'source={source!r} is empty: pass a file with text')
     spec = make_spec(tokenizer, files, vocab_size)
+    n_val = count_shard_tokens(files[-1]) if 'val' in row else 0
+    with lock_folder(folder):
+        return write_dataset(folder, files, source, spec, val_fraction, n_val)
+
+
+def write_dataset(folder, files, source, spec, val_fraction, n_val):
+    """Tokenize files into a dataset, whose last n_val (0: val_fraction) tokens are for validation."""
     tok = get_tokenizer(spec)
     if tok.n_vocab > 65536:
         raise UserError(f'the tokenizer has {tok.n_vocab:,} tokens: use one with at most 65,536')
     dtype = np.dtype('uint8' if tok.n_vocab <= 256 else '<u2')
-
-    # write temporary files, and rename them when all are complete
-    os.makedirs(folder, exist_ok=True)
     paths = [os.path.join(folder, name) for name in ('train.bin', 'val.bin', 'meta.json')]
     train_tmp, val_tmp, meta_tmp = [path + '.tmp' for path in paths]
     n_tokens, starts = write_tokens(read(files, 'tokens'), tok, dtype, train_tmp)
     if n_tokens < 2:
         raise UserError(f'source={source!r} has {n_tokens} tokens: give a longer text')
-    if 'val' in row:
-        n_val = count_shard_tokens(files[-1])
-    else:
+    if not n_val:
         n_val = min(max(1, round(n_tokens * val_fraction)), n_tokens - 1)
     n_train = choose_split(n_tokens, n_val, starts)
     n_val = n_tokens - n_train
@@ -530,10 +575,18 @@ def prepare(dataset, source='', tokenizer='', vocab_size=4096, val_fraction=0.0,
                 val_tokens=n_val, source=source, source_sha256=sha256(files))
     with open(meta_tmp, 'w', encoding='utf-8') as file:
         json.dump(meta, file)
+
+    # all files are complete: replace the old ones, without ever having new bins beside an old meta.json
+    meta_path = paths[2]
+    if os.path.exists(meta_path):
+        with open(meta_path, encoding='utf-8', errors='replace') as file:
+            if meta['source_sha256'] not in (old := file.read()) or json.dumps(spec) not in old:
+                print(f'replacing a dataset of another text or tokenizer in {folder}')
+        os.remove(meta_path)
     for path in paths:
         os.replace(path + '.tmp', path)
     print(f'{folder}: {n_train:,} tokens for training, {n_val:,} for validation, '
-          f'vocabulary {tok.n_vocab:,} ({tokenizer}), {dtype.name}')
+          f'vocabulary {tok.n_vocab:,} ({spec["type"]}), {dtype.name}')
     return meta
 
 
@@ -558,36 +611,46 @@ def make_spec(tokenizer, files, vocab_size):
     if tokenizer.startswith('sp:'):
         with open(tokenizer.removeprefix('sp:'), 'rb') as file:
             return dict(type='sp', model=base64.b64encode(file.read()).decode())
-    if tokenizer.endswith('.json'):
-        spec = read_json(tokenizer).get('tokenizer')
-    elif tokenizer.endswith('meta.pkl'):
-        spec = nanogpt_tokenizer(os.path.dirname(tokenizer))
-    else:
-        return dict(type=tokenizer)
-    if not spec:
-        raise UserError(f'tokenizer={tokenizer} does not exist or holds no tokenizer')
-    return spec
+    if tokenizer == 'gpt2':
+        return dict(type='gpt2')
+    dataset = tokenizer.removesuffix('meta.json')
+    for folder in (dataset, os.path.join(DATA, dataset)):
+        spec = read_json(os.path.join(folder, 'meta.json')).get('tokenizer') or nanogpt_tokenizer(folder)
+        if spec:
+            return spec
+    if not os.path.exists(tokenizer):
+        raise UserError(f'tokenizer={tokenizer!r} is neither char, bpe, gpt2 or sp:FILE.model nor a dataset, '
+                        'run or checkpoint: check the name')
+    from model import load_checkpoint  # only here, as it takes seconds to import
+    return load_checkpoint(tokenizer)['tokenizer']
 
 
 def write_tokens(pieces, tok, dtype, path):
-    """Write the ids of all pieces, tok.eot between documents. Returns the number of tokens
-    and where documents start."""
-    separator = np.array([] if tok.eot is None else [tok.eot], dtype)
+    """Write the ids of all pieces. Returns the number of tokens and where documents start."""
     starts = array('q')  # of all documents but the first
     n_tokens = 0
-    document_ended = False
     with open(path, 'wb') as file:
-        for ids, ends_document in encode_pieces(pieces, tok):
-            if document_ended and len(ids):
-                separator.tofile(file)
-                n_tokens += len(separator)
+        for ids, starts_document in encode_documents(pieces, tok):
+            if starts_document:
                 starts.append(n_tokens)
-                document_ended = False
             ids.astype(dtype, copy=False).tofile(file)
             n_tokens += len(ids)
-            if ends_document and n_tokens:
-                document_ended = True
     return n_tokens, starts
+
+
+def encode_documents(pieces, tok):
+    """Yield (ids, starts_document), with tok.eot between documents. Empty documents do not count."""
+    separator = np.array([] if tok.eot is None else [tok.eot], np.uint16)
+    document_ended = False
+    any_tokens = False
+    for ids, ends_document in encode_pieces(pieces, tok):
+        starts_document = document_ended and len(ids) > 0
+        if starts_document:
+            yield separator, False
+            document_ended = False
+        yield ids, starts_document
+        any_tokens = any_tokens or len(ids) > 0
+        document_ended = document_ended or ends_document and any_tokens
 
 
 def encode_pieces(pieces, tok):
@@ -645,7 +708,8 @@ def load_dataset(dataset):
     for split, bin in bins.items():
         expected = meta[f'{split}_tokens'] * width
         if sizes[split] != expected:
-            raise UserError(f'{bin} holds {sizes[split]:,} bytes but meta.json says {expected:,}: {advice}')
+            raise UserError(f'{bin} holds {sizes[split]:,} bytes but meta.json says {expected:,}: {advice}, '
+                            'or delete meta.json if nanoGPT wrote the bins')
     return meta, bins
 
 
@@ -678,14 +742,17 @@ def nanogpt_tokenizer(folder):
         with open(path, 'rb') as file:
             content = file.read(1 << 24)
         itos = PlainUnpickler(io.BytesIO(content)).load()['itos']
-        chars = ''.join(itos[i] for i in range(len(itos)))
-        if not len(chars) == len(set(chars)) == len(itos) > 0:
+        chars = [itos[i] for i in range(len(itos))]
+        if not len(set(chars)) == len(chars) > 0 or any(len(char) != 1 for char in chars):
             raise ValueError('itos does not map ids to different characters')
     except Exception as error:  # a damaged pickle can raise anything
         raise UserError(f'{path} is damaged or not from nanoGPT ({error!r}): replace it') from None
-    return dict(type='char', chars=chars)
+    return dict(type='char', chars=''.join(chars))
 
 
 if __name__ == '__main__':
     configure(globals())
     prepare(dataset, source, tokenizer, vocab_size, val_fraction, shards)
+    name = os.path.basename(dataset.rstrip('/'))
+    print(f'Train on it with\n'
+          f'python train.py config/train_shakespeare.py --dataset={dataset} --out_dir=out-{name}')

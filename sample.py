@@ -22,7 +22,7 @@ from prepare import get_tokenizer
 
 init_from = 'resume'   # 'resume' (the best model in out_dir), a folder, a checkpoint, or gpt2-xl
 out_dir = 'out'        # folder of a training run
-start = ''             # prompt; FILE:prompt.txt reads a file, - reads stdin
+start = ''             # prompt, with \n for a new line; FILE:prompt.txt reads a file, - stdin
 num_samples = 3        # number of texts; the first is streamed
 max_new_tokens = 500   # length of each text
 temperature = 0.8      # below 1: more predictable; 0: always the most likely token
@@ -65,7 +65,7 @@ class TextStream:
 def read_prompt(start):
     """The prompt itself, or what a file or stdin contains."""
     if start != '-' and not start.startswith('FILE:'):
-        return start
+        return start.replace('\\n', '\n')
     try:
         with open(0 if start == '-' else start[5:], encoding='utf-8') as f:
             return f.read()

@@ -26,6 +26,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -35,6 +36,7 @@ import pytest
 import torch
 
 import bench
+import configurator
 import model
 import prepare
 import train
@@ -87,16 +89,16 @@ def tiny(**changes):
     return model
 
 
-def main(script, *args):
+def main(script, *args, code=0):
     """Run a script in this process, which is quicker than in another."""
     argv = sys.argv
-    signals = signal.SIGINT, signal.SIGTERM, signal.SIGPIPE
+    signals = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE
     handlers = [signal.getsignal(number) for number in signals]
     sys.argv = [script, *map(str, args)]
     try:
         runpy.run_path(str(HERE / script), run_name='__main__')
     except SystemExit as error:
-        assert not error.code
+        assert (error.code or 0) == code
     finally:
         sys.argv = argv
         for number, handler in zip(signals, handlers, strict=True):
@@ -607,6 +609,14 @@ def test_bpe_training_is_the_textbook_algorithm():
     assert train_bpe(Counter(reversed(list(words.elements()))), 100) == expected
 
 
+def test_endless_words_are_cut():
+    """Training BPE on text without spaces would take hours."""
+    import regex
+    for text in ('ACGT' * 1000, '天地玄黄' * 1000, 'e\u0301' * 1000, '=-' * 1000):
+        words = regex.findall(SPLIT, text)
+        assert ''.join(words) == text and max(map(len, words)) == 32
+
+
 @pytest.mark.parametrize('kind', ['bpe', 'gpt2'])
 def test_text_read_in_pieces_has_the_same_ids(kind, bpe_spec, gpt2_files, monkeypatch, tmp_path):
     """A long text is cut into pieces where this does not change its ids, whether it has newlines or not."""
@@ -634,7 +644,7 @@ def stored(folder):
     return [np.fromfile(folder / f'{s}.bin', meta['dtype']).tolist() for s in ('train', 'val')], meta
 
 
-def test_all_kinds_of_sources_give_the_same_bins(tmp_path):
+def test_all_kinds_of_sources_give_the_same_bins(tmp_path, monkeypatch):
     """A folder, .jsonl and .jsonl.gz of the same documents: <|endoftext|> between documents, whole ones
     for validation. Hidden files and what prepare.py wrote are not text."""
     docs = [f'document {i}, नेपाली 🙂 {"x" * (i % 7)}\n' for i in range(40)]
@@ -642,7 +652,7 @@ def test_all_kinds_of_sources_give_the_same_bins(tmp_path):
     for name, text in (files | {'.hidden': 'not', '.git/config': 'this'}).items():
         (tmp_path / 'texts' / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / 'texts' / name).write_text(text, encoding='utf-8')
-    lines = ''.join(json.dumps({'text': doc, 'id': 1}) + '\n' for doc in docs).encode()
+    lines = '\n'.join(json.dumps({'text': doc, 'id': 1}) + '\n' for doc in docs).encode()
     (tmp_path / 'a.jsonl').write_bytes(lines)
     (tmp_path / 'a.jsonl.gz').write_bytes(gzip.compress(lines))
     results = []
@@ -656,6 +666,9 @@ def test_all_kinds_of_sources_give_the_same_bins(tmp_path):
         assert val == '<|endoftext|>'.join(docs[-len(val.split('<|endoftext|>')):])
         results.append(bins)
     assert results == [results[0]] * 4
+    for name, value in dict(source=f'{tmp_path}/a.jsonl', rank=0, world_size=1).items():
+        monkeypatch.setattr(bench, name, value, raising=False)
+    assert bench.read_ids(get_tokenizer(meta['tokenizer']), None).tolist() == sum(bins, [])
     prepare.prepare(str(tmp_path / 'more'), str(tmp_path / 'a.jsonl'), str(tmp_path / 'set' / 'meta.json'))
     assert stored(tmp_path / 'more')[1]['tokenizer'] == meta['tokenizer']  # the same tokens, to finetune
 
@@ -680,33 +693,46 @@ def test_bins_and_windows_hold_the_text(tmp_path, data):
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """A web server with the faults of real ones. files: {path: body}. The first part of a name selects
-    the fault, for the first request (busy, cut, norange) or for all. asked counts the requests."""
+    """A web server with the faults of real ones. files: {path: body}; asked counts the requests. The first
+    part of a name selects the fault, of the first request (busy, cut, norange, changed), of the first two
+    (partial) or of all."""
     files, asked = {}, Counter()
 
     def do_GET(self):
-        name, code, start, headers = self.path.strip('/'), 200, 0, {}
+        name = self.path.strip('/')
         self.asked[name] += 1
-        body, first = self.files.get(name), self.asked[name] == 1
+        number = self.asked[name]
         fault = os.path.basename(name).partition('-')[0]
-        wanted = int(re.fullmatch(r'bytes=(\d+)-', self.headers['Range'])[1])
-        if body is None or fault == 'busy' and first:
+        body = self.files.get(name)
+        if body is None or fault == 'busy' and number == 1:
             return self.send_error(404 if body is None else 500)
-        if wanted and wanted >= len(body):
+        if fault == 'changed' and number > 1:
+            body = body[::-1]
+        headers = {'ETag': f'"{hashlib.md5(body).hexdigest()}"', 'Content-Length': str(len(body))}
+        asked_range = re.fullmatch(r'bytes=(\d+)-', self.headers.get('Range', ''))
+        code, start, end = 200, 0, len(body)
+        if asked_range and self.headers['If-Range'] == headers['ETag'] and fault != 'norange':
+            code, start = 206, int(asked_range[1])
+        if code == 206 and start >= len(body):
             return self.send_error(416)
+        if number == 1 and fault in ('cut', 'norange', 'changed', 'partial'):
+            end = len(body) // 3  # the connection breaks there
+        elif code == 206:
+            if number == 2 and fault == 'partial':
+                end = start + 1000
+            headers['Content-Range'] = f'bytes {start}-{end - 1}/{len(body)}'
+            headers['Content-Length'] = end - start
         if fault == 'moved' and not name.startswith('new/'):  # as Hugging Face does, with the sha256
             sha256 = hashlib.sha256(body).hexdigest()
             code, headers = 302, {'Location': f'/new/{name}', 'X-Linked-ETag': f'"{sha256}"'}
-        elif fault == 'page':
-            headers = {'Content-Type': 'text/html; charset=utf-8'}
-        elif wanted and fault != 'norange':
-            code, start = 206, wanted
-            headers = {'Content-Range': f'bytes {wanted}-{len(body) - 1}/{len(body)}'}
+        headers |= dict(page={'Content-Type': 'text/html; charset=utf-8'}, many={'Content-Length': 'many'},
+                        short={'Content-Length': len(body) + 7}).get(fault, {})
+        if fault == 'endless':
+            del headers['Content-Length']
         self.send_response(code)
-        for header in (headers | {'Content-Length': len(body) - start + 7 * (fault == 'short')}).items():
+        for header in headers.items():
             self.send_header(*header)
         self.end_headers()
-        end = len(body) // 3 if first and fault in ('cut', 'norange') else len(body)
         self.wfile.write(body[start:end])
 
     def log_message(self, *args):
@@ -726,28 +752,37 @@ def server(monkeypatch):
 
 
 def test_downloads_are_complete_or_refused(server, tmp_path):
-    """An interrupted download resumes, also in a later run, and starts over if it cannot. A busy server
-    is asked again. A wrong file, an error page and half a file never get the file's name."""
+    """An interrupted download resumes, also in a later run, and starts over if it cannot or the file has
+    changed. A wrong file, an error page and half a file never get the file's name."""
     body = bytes(range(256)) * 4000
-    good, bad = ('fine', 'cut', 'norange', 'busy', 'moved-1'), ('missing', 'page', 'short', 'moved-2')
-    Server.files |= dict.fromkeys((*good, *bad[1:], 'new/moved-1', 'fine-half', 'fine-long'), body)
+    good = dict(fine=1, cut=2, norange=2, busy=2, partial=3, changed=2)  # and how often each is asked for
+    good['moved-1'] = 1
+    bad = {'missing': '404', 'page': 'web page', 'many': 'does not say how long', 'endless': 'does not say',
+           'short': 'received 1,024,000 of 1,024,007|IncompleteRead',
+           'moved-2': f'corrupt .its sha256 is .*, not {hashlib.sha256(body).hexdigest()}'}
+    later = dict(half=bytes(1000) + body[1000:], long=body, old=body)
+    for name in (*good, *bad, 'new/moved-1', 'fine-half', 'fine-long', 'fine-old'):
+        Server.files[name] = body
     Server.files['new/moved-2'] = body[:-1]
+    del Server.files['missing']
     download({str(tmp_path / name): f'{server}/{name}' for name in good})
-    assert all((tmp_path / name).read_bytes() == body for name in good)
-    assert [Server.asked[name] for name in good] == [1, 2, 2, 2, 1]
-    (tmp_path / 'fine-half.part').write_bytes(bytes(1000))  # kept as it is
-    (tmp_path / 'fine-long.part').write_bytes(body + b'x')  # cannot be the beginning of the file
-    download({str(tmp_path / name): f'{server}/{name}' for name in ('fine-half', 'fine-long')})
-    assert (tmp_path / 'fine-half').read_bytes() == bytes(1000) + body[1000:]
-    assert (tmp_path / 'fine-long').read_bytes() == body
-    messages = ('404', 'web page', 'received 1,024,000 of 1,024,007|IncompleteRead',
-                f'corrupt .its sha256 is .*, not {hashlib.sha256(body).hexdigest()}')
-    for name, message in zip(bad, messages, strict=True):
+    for name, times in good.items():
+        expected = body[::-1] if name == 'changed' else body
+        assert (tmp_path / name).read_bytes() == expected and Server.asked[name] == times, name
+    for name, part in dict(half=bytes(1000), long=body + b'x', old=bytes(1000)).items():
+        etag = 'other' if name == 'old' else hashlib.md5(body).hexdigest()
+        (tmp_path / f'fine-{name}.part').write_bytes(part)
+        (tmp_path / f'fine-{name}.part.etag').write_text(f'"{etag}"')
+        path = tmp_path / f'fine-{name}'
+        download({str(path): f'{server}/fine-{name}'})
+        assert path.read_bytes() == later[name], name
+    for name, message in bad.items():
         refuses(message, download, {str(tmp_path / name): f'{server}/{name}'})
-    refuses('sha256 is .*, not 00', download, {str(tmp_path / 'other'): f'{server}/fine'}, digest='00')
-    refuses('3 attempts failed', download, {str(tmp_path / 'other'): 'http://127.0.0.1:9/nobody'})
-    refuses('use https', download, {str(tmp_path / 'other'): 'http://example.com/file'})
-    assert {p.name for p in tmp_path.iterdir()} == {*good, 'fine-half', 'fine-long', 'short.part'}
+    for message, url in (('sha256 is .*, not 00', f'{server}/fine'), ('3 attempts', 'http://127.0.0.1:9/nobody'),
+                         ('use https', 'http://example.com/'), ('use https', 'http://localhost:x@example.com/')):
+        refuses(message, download, {str(tmp_path / 'other'): url}, digest='00')
+    left = {p.name for p in tmp_path.iterdir()}
+    assert left == {*good, 'fine-half', 'fine-long', 'fine-old', 'short.part', 'short.part.etag', '.lock'}
 
 
 def shard(ids):
@@ -864,15 +899,14 @@ def test_what_is_not_gpt2_is_refused(tmp_path):
         refuses(message, GPT.from_pretrained, str(tmp_path))
 
 
-def test_openai_weights_come_from_the_hub_or_its_cache(server, tmp_path, monkeypatch):
-    """Weights are downloaded once, to GPT_CACHE, and checked. Hugging Face's cache is used too."""
+def test_openai_weights_are_downloaded_once(server, tmp_path, monkeypatch):
+    """They are checked, and kept in GPT_CACHE."""
     hugging_face(tmp_path / 'hf', n_embd=64, n_head=1)
     body = (tmp_path / 'hf' / 'model.safetensors').read_bytes()
     path = 'openai-community/{}/resolve/main/model.safetensors'
     for name, content in (('gpt2', body), ('gpt2-large', body), ('gpt2-xl', b'not this')):
         Server.files[path.format(name)] = content
     monkeypatch.setattr('model.HUB', server)
-    monkeypatch.setenv('HF_HUB_CACHE', str(tmp_path / 'hub'))
     monkeypatch.setenv('GPT_CACHE', str(tmp_path / 'cache'))
     for _ in range(2):
         assert GPT.from_pretrained('gpt2-large').config.n_embd == 64
@@ -881,9 +915,6 @@ def test_openai_weights_come_from_the_hub_or_its_cache(server, tmp_path, monkeyp
                           ('gpt2-xl', 'not a safetensors file')):
         refuses(message, GPT.from_pretrained, name)
     assert len(list((tmp_path / 'cache').glob('*/model.safetensors'))) == 1
-    snapshots = tmp_path / 'hub' / 'models--openai-community--gpt2' / 'snapshots'
-    shutil.copytree(tmp_path / 'hf', snapshots / 'abc')
-    assert GPT.from_pretrained('gpt2').config.n_embd == 64
 
 
 def checkpoint_of(model, tokenizer):
@@ -905,6 +936,7 @@ def test_transformers_loads_what_we_export(kind, bpe_spec, gpt2_files, tmp_path)
     idx = torch.randint(tok.n_vocab, (2, 16))
     logits = ours(idx)[0][..., :tok.n_vocab]
     torch.testing.assert_close(theirs(idx).logits, logits, rtol=1e-4, atol=1e-4)
+    assert theirs.config.n_ctx == 16  # which llama.cpp's converter reads
     assert theirs.config.eos_token_id == theirs.generation_config.eos_token_id == tok.eot
 
     tokenizers = []
@@ -1029,6 +1061,31 @@ def test_weights_have_to_fit_the_model():
     refuses('n_layer=500, but only', GPT.from_checkpoint, halved, n_layer=500)
 
 
+def test_checkpoints_that_would_corrupt_memory_are_refused(run, data, tmp_path):
+    """Fused kernels trust shapes, strides and dtypes. A small file cannot fill the memory."""
+    def resume(checkpoint):
+        torch.save(checkpoint, tmp_path / 'ckpt.pt')
+        main('train.py', *TINY, f'--dataset={data}', f'--out_dir={tmp_path}', '--init_from=resume',
+             '--max_iters=7')
+    for bad in (lambda w: w[:1], lambda w: w[:1].expand_as(w), lambda w: w.long(), lambda w: 1.0,
+                lambda w: w.to('meta')):
+        checkpoint = read_checkpoint(run)
+        weights, state = checkpoint['model'], checkpoint['optimizer']['adamw']['state']
+        state[0]['exp_avg'] = bad(state[0]['exp_avg'])
+        refuses("the optimizer state 'exp_avg' does not fit", resume, checkpoint)
+        weights['transformer.wpe.weight'] = bad(weights['transformer.wpe.weight'])
+        refuses('not contiguous floating point|do not fit its model_args', resume, checkpoint)
+    resume(read_checkpoint(run))
+    with zipfile.ZipFile(run / 'ckpt.pt') as old, zipfile.ZipFile(tmp_path / 'zip.pt', 'w') as new:
+        for entry in old.infolist():
+            content = old.read(entry)
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            new.writestr(entry, content)
+    refuses('changed since it was saved', load_checkpoint, str(tmp_path / 'zip.pt'))
+    doubling = [[65, 65], *([256 + i, 256 + i] for i in range(31))]
+    refuses('a token of 16,384 bytes', get_tokenizer, dict(type='bpe', split=SPLIT, merges=doubling))
+
+
 def test_files_with_code_in_them_are_refused(tmp_path):
     """Loading a pickle runs no code and takes no gigabytes, whatever it contains."""
     class Evil:
@@ -1039,7 +1096,8 @@ def test_files_with_code_in_them_are_refused(tmp_path):
         refuses('is damaged or not a checkpoint', load_checkpoint, str(tmp_path))
     memo = b'\x80\x04Nr\xff\xff\xff\x7f.'  # None, with the memo index 2,147,483,647
     deep = b'\x80\x04}' + b'(' * 1000 + b't' * 1000 + b'Ns.'
-    for content in (pickle.dumps(dict(itos=Evil())), memo, deep, pickle.dumps(dict(itos=['ab']))):
+    for content in (pickle.dumps(dict(itos=Evil())), memo, deep, pickle.dumps(dict(itos=['ab', ''])),
+                    pickle.dumps(dict(itos=['a' * 1000] * 1000))):
         (tmp_path / 'meta.pkl').write_bytes(content)
         refuses('meta.pkl is damaged or not', prepare.nanogpt_tokenizer, str(tmp_path))
     assert not (tmp_path / 'executed').exists()
@@ -1167,9 +1225,18 @@ def test_values_take_the_type_of_their_default(arg, value):
     ('--iters=1e999', 'takes a whole number'), ('--iters=0x10', 'takes a whole number'),
     ('--rate=1j', 'takes a number'), ('--rate=\n', 'takes a number'), ('--rate=', 'takes a number'),
     ('--iters', 'write --iters=VALUE, without spaces'), ('iters=3', 'write --iters=3'),
-    ('-iters=3', 'unknown setting'), ('none.py', "no override file 'none.py'")])
+    ('-iters=3', 'unknown setting'), ('none.py', "'none.py' is not an override"),
+    ('README.md', 'is not an override file')])
 def test_bad_arguments_are_refused(arg, message):
     refuses(message, configured, arg)
+
+
+def test_hints_name_the_setting_that_was_meant():
+    names = [name for name, value in vars(train).items() if isinstance(value, (bool, int, float, str))]
+    for name, meant in dict(lr='learning_rate', grad_accum='gradient_accumulation_steps', resume=None,
+                            batch_sizes='batch_size', max_iter='max_iters', data='dataset').items():
+        assert configurator._nearest(name, names) == meant
+    assert str(UserError('a\x1b[31m\nb')) == 'a?[31m b'  # nothing that a terminal obeys
 
 
 def test_override_files(tmp_path):
@@ -1235,7 +1302,7 @@ def test_a_run_logs_and_saves(run, data, capsys):
     output = capsys.readouterr().out
     assert re.search(r'\nstep 0: train loss \d\.\d{4}, val loss \d\.\d{4}\n$', output)
     assert read_log(run) == log
-    assert {p.name for p in run.iterdir()} == {'ckpt.pt', 'best.pt', 'log.jsonl'}
+    assert {p.name for p in run.iterdir()} == {'ckpt.pt', 'best.pt', 'log.jsonl', '.lock'}
 
 
 def test_auto_starts_and_then_resumes(data, tmp_path, monkeypatch, capsys):
@@ -1452,6 +1519,98 @@ def test_a_frozen_process_is_reported_by_the_others(start, data, tmp_path):
 
 
 @linux_only
+def test_output_never_ends_a_run(start, data, tmp_path):
+    """Ctrl-C ends 'tee' too: the run saves although nobody reads what it prints. A terminal may
+    lack characters."""
+    out = tmp_path / 'naïve'
+    process = start('train.py', *TINY, f'--dataset={data}', f'--out_dir={out}', '--max_iters=1e6',
+                    '--init_from=auto', env=dict(os.environ, PYTHONIOENCODING='ascii'))
+    read_until(process, 'iter 3')
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    step = read_checkpoint(out)['iter_num']
+    assert step > 3 and step % 3  # not saved by an evaluation, which come every 3 steps
+
+
+def test_a_signal_cuts_an_evaluation_short(data, tmp_path, monkeypatch):
+    """torchrun kills what is still running after 30 seconds, and evaluations can take longer."""
+    forward, evaluated = GPT.forward, []
+
+    def forward_and_hang_up(self, *args):
+        if not self.training:
+            evaluated.append(args)
+            if len(evaluated) == 10:  # the second evaluation, as one has 8 batches
+                os.kill(os.getpid(), signal.SIGHUP)
+        return forward(self, *args)
+    monkeypatch.setattr(GPT, 'forward', forward_and_hang_up)
+    main('train.py', *TINY, f'--dataset={data}', f'--out_dir={tmp_path}', code=128 + signal.SIGHUP)
+    assert len(evaluated) == 10 and read_checkpoint(tmp_path)['iter_num'] == 3
+    assert not any('val_loss' in entry and entry['iter'] == 3 for entry in read_log(tmp_path))
+
+
+def test_a_folder_has_one_writer(data, tmp_path):
+    """Another process is refused, until the writer ends or is killed."""
+    hold = 'import sys, prepare; lock = prepare.lock_folder(sys.argv[1]); print("locked"); input()'
+    refused = 'another process is writing to'
+    writers = [partial(prepare.prepare, str(tmp_path), source=f'{data.parent}/input.txt', tokenizer='char'),
+               partial(main, 'train.py', *TINY, f'--dataset={data}', f'--out_dir={tmp_path}'),
+               partial(download, {str(tmp_path / 'x'): 'http://127.0.0.1:9/'})]
+    with subprocess.Popen([sys.executable, '-uc', hold, tmp_path], cwd=HERE, text=True,
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == 'locked\n'
+        for write in writers:
+            refuses(refused, write)
+        holder.kill()
+    for write in writers[:2]:
+        write()
+
+
+def test_a_run_keeps_its_data(run, data, tmp_path, monkeypatch):
+    """Preparing the dataset again during a run does not change what the run reads."""
+    shutil.copytree(data, tmp_path / 'set')
+    (tmp_path / 'other.txt').write_text(TEXT[::-1])
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def prepare_again(*args):
+        prepare.prepare(str(tmp_path / 'set'), str(tmp_path / 'other.txt'), 'char')
+        return clip(*args)
+    monkeypatch.setattr(torch.nn.utils, 'clip_grad_norm_', prepare_again)
+    out = tmp_path / 'out'
+    main('train.py', *TINY, f'--dataset={tmp_path / "set"}', f'--out_dir={out}')
+    assert losses(out) == losses(run)
+    # on another dataset the best model so far is no longer the best
+    monkeypatch.undo()
+    checkpoint = read_checkpoint(run) | dict(best_val_loss=0.1)
+    torch.save(checkpoint, out / 'ckpt.pt')
+    args = [*TINY, f'--out_dir={out}', '--init_from=resume', '--max_iters=6']
+    main('train.py', *args, f'--dataset={data}')
+    assert read_checkpoint(out)['best_val_loss'] == 0.1
+    main('train.py', *args, f'--dataset={tmp_path / "set"}')
+    assert 1 < read_checkpoint(out, 'best.pt')['best_val_loss'] < 9
+
+
+def test_an_interrupted_replacement_leaves_nothing_to_load(data, tmp_path, monkeypatch, capsys):
+    """New tokens never lie beside an old tokenizer, wherever prepare.py is killed."""
+    other, folder = tmp_path / 'other.txt', tmp_path / 'set'
+    other.write_text(TEXT.swapcase())  # as many tokens
+    replace = os.replace
+    for renames in range(3):
+        prepare.prepare(str(folder), f'{data.parent}/input.txt', 'char')
+        left = iter(range(renames))
+
+        def kill(*args, left=left):
+            next(left)
+            replace(*args)
+        monkeypatch.setattr(os, 'replace', kill)
+        with pytest.raises(StopIteration):
+            prepare.prepare(str(folder), str(other), 'char')
+        monkeypatch.setattr(os, 'replace', replace)
+        refuses('is not prepared', load_dataset, str(folder))
+    assert capsys.readouterr().out.count('replacing a dataset of another text') == 3
+
+
+@linux_only
 def test_a_full_disk_stops_nothing(start, data, tmp_path):
     """While files cannot exceed 20 kB, saving fails with a warning and leaves no half file. Once
     they can, the run saves. If the last save fails, the exit code is 2."""
@@ -1462,7 +1621,7 @@ def test_a_full_disk_stops_nothing(start, data, tmp_path):
     process = start('train.py', *args, preexec_fn=limit)
     output = read_until(process, 'iter 20')
     assert re.search(r'warning: cannot save .*ckpt.pt, [\d,.]+ MB free: .*continues', output)
-    assert os.listdir(tmp_path) == ['log.jsonl']
+    assert {p.name for p in tmp_path.iterdir()} == {'log.jsonl', '.lock'}
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (-1, -1))
     assert 'best val loss' in process.stdout.read() and process.wait(60) == 0
     assert load_checkpoint(str(newest))['iter_num'] == 60
@@ -1623,11 +1782,15 @@ def test_a_trace_shows_the_pass_that_it_traces(capsys):
     lines = capsys.readouterr().out.splitlines()
     q, k, _ = projections[0].split(32, dim=-1)
     weights = (q[-1, 16:] @ k[:, 16:].T / math.sqrt(16)).softmax(-1)
-    marks = ' '.join(' .:-=+*#%@'[min(9, int(10 * weight))] for weight in weights)
-    assert ' ' * 14 + 'T o   b e' in lines and f'{"e":>12}  {marks}'.rstrip() in lines
-    assert len(set(marks)) > 2
+    assert "   4 'e'        " + ''.join(f'{100 * weight:>4.0f}' for weight in weights) in lines
+    loss = -logits[0, 3].log_softmax(-1)[idx[0, 4]]
+    assert f"   3 'b'         'e'        {loss.neg().exp():>8.1%}{loss:>9.3f}" in lines
     assert f' {logits[0, -1].softmax(-1).max():.1%}  ' in lines[-1]
-    assert max(map(len, lines)) <= 80
+    tok = get_tokenizer(dict(type='char', chars='abcdefgहे中'))
+    model.trace_text(gpt, tok, 'हे中' * 5, layer=0, head=0)  # a mark without its letter gets a circle
+    output = capsys.readouterr().out
+    assert max(map(model.columns, [*lines, *output.splitlines()])) <= 80
+    assert "13 '\u25cc\u0947' " in output and "14 '中'  " in output
 
 
 def benched(capsys, *args):
@@ -1795,7 +1958,7 @@ def test_bad_input_is_one_line_and_harms_nothing(script, args, message, bad, run
         main(script, *args)
     assert '\n' not in str(error.value)
     assert before == {p.name: p.read_bytes() for p in run.iterdir()}
-    assert not list(tmp_path.iterdir())
+    assert not [p for p in tmp_path.rglob('*') if p.is_file() and p.name != '.lock']
 
 
 # Runs commands one after another in one process, which saves the time to import torch.

@@ -29,8 +29,17 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils._pytree import tree_map
 
 from configurator import UserError, check, configure, keep_memory, optional, resolve_device, resolve_dtype
-from model import GPT, PRETRAINED, config_from_settings, find_pretrained, load_checkpoint, save_checkpoint
-from prepare import DATA, DATASETS, SHAKESPEARE, get_tokenizer, load_dataset, prepare
+from model import (
+    GPT,
+    PRETRAINED,
+    beyond_gpt2,
+    config_from_settings,
+    find_pretrained,
+    is_plain,
+    load_checkpoint,
+    save_checkpoint,
+)
+from prepare import DATA, DATASETS, SHAKESPEARE, get_tokenizer, load_dataset, lock_folder, prepare
 
 # input and output
 out_dir = 'out'           # folder for ckpt.pt, best.pt and log.jsonl
@@ -117,9 +126,9 @@ def window_starts(n_tokens, block_size, seed, first, count):
                      for epoch, place in zip(epochs.tolist(), places, strict=True)])
 
 
-def load_windows(path, dtype, starts, block_size, device):
+def load_windows(file, dtype, starts, block_size, device):
     """Inputs and targets, (len(starts), block_size): the windows, and the same shifted by one."""
-    data = np.memmap(path, dtype, 'r')  # mapped each time: pages already read count as used memory
+    data = np.memmap(file, dtype, 'r')  # mapped each time: pages already read count as used memory
     ids = torch.from_numpy(data[starts[:, None] + np.arange(block_size + 1)].astype(np.int64))
     if device.startswith('cuda'):
         ids = ids.pin_memory().to(device, non_blocking=True)  # copies while the GPU computes
@@ -171,8 +180,14 @@ def shard_like(param, value):
 def load_optimizer(optimizer, saved):
     """Load the saved state, but keep the current settings, such as the weight decay."""
     params = [p for group in optimizer.param_groups for p in group['params']]
-    state = {i: {name: shard_like(params[i], value) for name, value in entries.items()}
-             for i, entries in saved['state'].items()}
+    state = {}
+    for i, entries in saved['state'].items():
+        for name, value in entries.items():
+            # fused kernels trust these tensors: others would corrupt memory
+            if not is_plain(value) or value.shape not in (params[i].shape, ()):
+                raise UserError(f'the optimizer state {name!r} does not fit the model: start over from '
+                                'its weights, --init_from=FILE')
+        state[i] = {name: shard_like(params[i], value) for name, value in entries.items()}
     optimizer.load_state_dict(optimizer.state_dict() | dict(state=state))
 
 
@@ -230,15 +245,25 @@ if __name__ == '__main__':
     fsdp = ddp and parallel == 'fsdp'
     device = resolve_device(device)
     device_type = device.partition(':')[0]
-    terminal = sys.stdout.isatty()
+    terminal = os.isatty(1)
+    sys.stdout.reconfigure(errors='replace')  # for terminals that lack a character
 
     def print0(line, transient=False):
         """Print on rank 0. In a terminal the next line overwrites a transient one."""
-        if rank == 0 and transient and terminal:
-            width = shutil.get_terminal_size().columns
-            print(line[:width - 1], end='\x1b[K\r', flush=True)
-        elif rank == 0:
-            print(line, end='\x1b[K\n' if terminal else '\n', flush=True)
+        if rank > 0:
+            return
+        end = '\n'
+        if terminal and transient:
+            line = line[:shutil.get_terminal_size().columns - 1]
+            end = '\r'
+        if terminal:
+            line = '\x1b[K' + line  # clears the transient line
+        for fallback in (sys.stderr, None):
+            try:
+                print(line, end=end, flush=True)
+                return
+            except OSError:  # tee has ended, a disk is full: output must not end the run
+                sys.stdout = fallback
 
     if ddp:
         if device not in ('cpu', f"cuda:{os.environ['LOCAL_RANK']}"):
@@ -258,6 +283,8 @@ if __name__ == '__main__':
 
     ckpt_path = os.path.join(out_dir, 'ckpt.pt')
     if rank == 0:  # prepares and downloads while the others wait, and decides for all
+        if not eval_only:
+            run_lock = lock_folder(out_dir)
         embedded = DATASETS.get(dataset, {}).get('source') == SHAKESPEARE
         if embedded and not os.path.exists(os.path.join(DATA, dataset, 'train.bin')):
             prepare(dataset)
@@ -269,7 +296,8 @@ if __name__ == '__main__':
         message = [init_from]
         dist.broadcast_object_list(message)
         init_from = message[0]
-    meta, bins = load_dataset(dataset)
+    meta, paths = load_dataset(dataset)
+    bins = {split: open(path, 'rb') for split, path in paths.items()}  # stay even if prepare.py runs again
 
     def get_batch(step):
         """This rank's micro-batches of a step, a pure function of (seed, step): its slice of the
@@ -293,19 +321,19 @@ if __name__ == '__main__':
             raise UserError(
                 f"{path} and dataset={dataset} have different tokenizers "
                 f"({checkpoint['tokenizer']['type']}, {meta['tokenizer']['type']}): prepare the "
-                'dataset with the tokenizer of the model')
+                f'dataset with --tokenizer={path}')
         raw_model = GPT.from_checkpoint(checkpoint, dropout=dropout)
         if not resume and block_size < raw_model.config.block_size:
             raw_model.crop_block_size(block_size)
         block_size = raw_model.config.block_size
         for name, value in vars(raw_model.config).items():  # the checkpoint decides the shape
             if config.get(name, value) != value:
-                print0(f'{path} sets {name}={value}')
+                print0(f'{path} sets {name}={value!r}')
                 config[name] = value
     raw_model.recompute_activations = activation_checkpointing
-    for split, bin_path in bins.items():
+    for split, file in bins.items():
         if meta[f'{split}_tokens'] <= block_size:
-            raise UserError(f"{bin_path} has {meta[f'{split}_tokens']:,} tokens, too few for a "
+            raise UserError(f"{file.name} has {meta[f'{split}_tokens']:,} tokens, too few for a "
                             f'block_size of {block_size}: use a longer text or a smaller block_size')
 
     dtype = resolve_dtype(dtype, device, width=raw_model.config.n_embd)
@@ -361,26 +389,54 @@ if __name__ == '__main__':
         if checkpoint['scaler']:
             scaler.load_state_dict(checkpoint['scaler'])
         iter_num = checkpoint['iter_num']
-        best_val_loss = checkpoint['best_val_loss']
+        if checkpoint['config'].get('dataset') == dataset:
+            best_val_loss = checkpoint['best_val_loss']
         elapsed = checkpoint.get('elapsed', 0.0)
         wandb_id = checkpoint.get('wandb_id')
         print0(f'resuming {ckpt_path} at step {iter_num}')
         for name, value in checkpoint['config'].items():
             if name != 'init_from' and config.get(name, value) != value:
-                print0(f'changed setting: {name} {value} -> {config[name]}')
+                print0(f'changed setting: {name} {value!r} -> {config[name]!r}')
         if iter_num >= max_iters and not eval_only:
             print0(f'all max_iters={max_iters} steps are done: raise max_iters and lr_decay_iters')
     checkpoint = None  # free its memory
     print0(f'{raw_model.num_params():,} parameters on {device} in {dtype}, '
-           f'{world_size} process{"es" if world_size > 1 else ""}, {tokens_per_step:,} tokens a '
-           f'step, {meta["train_tokens"] / tokens_per_step:,.1f} steps an epoch')
+           f'{optimizer} with learning rate {learning_rate}')
+    print0(f'{tokens_per_step:,} tokens a step on {world_size} process{"es" if world_size > 1 else ""}, '
+           f'{meta["train_tokens"] / tokens_per_step:,.1f} steps an epoch')
+    if extensions := beyond_gpt2(raw_model.config):
+        print0(f"this model cannot be exported in GPT-2's format: it has {', '.join(extensions)}")
 
     # -- evaluation and logging ---------------------------------------------------
+
+    signals = []
+
+    def on_signal(number, frame):
+        """Ask the loop to save and stop. A second Ctrl-C ends the process at once."""
+        signals.append(number)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+
+    for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):  # SIGHUP: the terminal or ssh connection is gone
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number and not eval_only and signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+            signal.signal(number, on_signal)
+
+    def highest(number):
+        """The highest number of all ranks, for decisions that they take together."""
+        number = torch.tensor(int(number))
+        if ddp:
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+        return number.item()
+
+    def stop_signal():
+        """The signal that asks to stop, or 0."""
+        return highest(signals[0] if signals else 0)
 
     @torch.no_grad()
     def estimate_loss(split):
         """Mean loss over windows spread evenly over the split, the same each time. Every rank
-        evaluates its share."""
+        evaluates its share. A signal cuts it short, as torchrun kills what does not stop in 30 s."""
         n_tokens = meta[f'{split}_tokens']
         count = max(1, min(eval_iters, (n_tokens - 1) // block_size // batch_size))
         starts = np.linspace(0, n_tokens - block_size - 1, count * batch_size).astype(np.int64)
@@ -388,6 +444,8 @@ if __name__ == '__main__':
         losses = []
         eval_model.eval()
         for i in range(rank, math.ceil(count / world_size) * world_size, world_size):
+            if stop_signal():
+                return math.nan
             # past the end too, since FSDP needs all ranks in every forward pass
             x, y = load_windows(bins[split], meta['dtype'], starts[i % count], block_size, device)
             with autocast:
@@ -479,18 +537,6 @@ if __name__ == '__main__':
         states = {name: opt.state_dict() for name, opt in optimizers.items()}
         return save('ckpt.pt', best_val_loss=best_val_loss, optimizer=states, scaler=scaler.state_dict())
 
-    signals = []
-
-    def on_signal(number, frame):
-        """Ask the loop to save and stop. A second Ctrl-C ends the process at once."""
-        signals.append(number)
-        if number == signal.SIGINT:
-            signal.signal(number, signal.SIG_DFL)
-
-    if not eval_only:
-        signal.signal(signal.SIGINT, on_signal)
-        signal.signal(signal.SIGTERM, on_signal)
-
     # -- training loop ------------------------------------------------------------
 
     model.train()
@@ -508,6 +554,10 @@ if __name__ == '__main__':
         if iter_num % eval_interval == 0 or iter_num >= max_iters or eval_only:
             train_loss = estimate_loss('train')
             val_loss = estimate_loss('val')
+            stop = stop_signal()
+            if stop:  # the evaluation may be incomplete
+                unsaved = save_all()
+                break
             print0(f'step {iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}')
             log(train_loss=train_loss, val_loss=val_loss, tokens=iter_num * tokens_per_step)
             if eval_only:
@@ -594,12 +644,8 @@ if __name__ == '__main__':
         iter_num += 1
 
         # save when it is time, stop when a signal asks for it: all ranks at the same step
-        save_due = 0 < save_interval * 60 < time.time() - saved_time
-        flags = torch.tensor([signals[0] if signals else 0, int(save_due)])
-        if ddp:
-            dist.all_reduce(flags, dist.ReduceOp.MAX)
-        stop, save_due = flags.tolist()
-        if stop or save_due:
+        stop = stop_signal()
+        if stop or highest(0 < save_interval * 60 < time.time() - saved_time):
             unsaved = save_all()
             saved_time = time.time()
         if stop:
