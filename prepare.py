@@ -12,8 +12,8 @@ gzipped), a .parquet file with a "text" column, a folder of such files, or an
 https address. Text is streamed, so it can exceed memory.
 
 Tokenizers: char, gpt2, bpe (byte-pair encoding trained on the source),
-sp:FILE.model (SentencePiece), or data/NAME/meta.json (the tokenizer of another
-dataset, to finetune its models on this text).
+sp:FILE.model (SentencePiece), or that of a run, a checkpoint or another
+dataset, to finetune a model on this text.
 """
 import base64
 import glob
@@ -41,7 +41,7 @@ from configurator import UserError, check, configure, optional
 
 dataset = 'shakespeare_char'  # a dataset of the table in this file, or a new name with --source
 source = ''         # file, folder or https address of the text; '': the dataset's own
-tokenizer = ''      # char, gpt2, bpe, sp:FILE.model or a meta.json; '': the dataset's own, or gpt2
+tokenizer = ''      # char, gpt2, bpe, sp:FILE.model, or a run or dataset; '': the dataset's own, or gpt2
 vocab_size = 4096   # vocabulary size of a bpe tokenizer
 val_fraction = 0.0  # fraction of tokens held out, from the end; 0: the dataset's own, or 0.1
 shards = 0          # number of shards to download of a large dataset; 0: all

@@ -673,6 +673,22 @@ def test_all_kinds_of_sources_give_the_same_bins(tmp_path, monkeypatch):
     assert stored(tmp_path / 'more')[1]['tokenizer'] == meta['tokenizer']  # the same tokens, to finetune
 
 
+def test_a_tokenizer_outlives_its_dataset(run, data, tmp_path, monkeypatch, capsys):
+    """--tokenizer takes a run, a checkpoint, a dataset's name, folder or meta.json. prepare.py says what to
+    do next, and what to do when nanoGPT's bins lie beside our meta.json."""
+    monkeypatch.setattr(prepare, 'DATA', str(data.parent))
+    expected = json.loads((data / 'meta.json').read_text())['tokenizer']
+    for name in (run, run / 'ckpt.pt', 'set', data, data / 'meta.json'):
+        assert prepare.make_spec(str(name), [], 0) == expected
+    refuses('neither char, bpe, gpt2 .* nor a dataset', prepare.make_spec, 'nothing', [], 0)
+    main('prepare.py', f'--dataset={tmp_path}/set', f'--source={data.parent}/input.txt', f'--tokenizer={run}')
+    assert f'train.py config/train_shakespeare.py --dataset={tmp_path}/set' in capsys.readouterr().out
+    for split in ('train', 'val'):
+        ids = np.fromfile(tmp_path / 'set' / f'{split}.bin', np.uint8)
+        ids.astype(np.uint16).tofile(tmp_path / 'set' / f'{split}.bin')
+    refuses('or delete meta.json if nanoGPT wrote the bins', load_dataset, str(tmp_path / 'set'))
+
+
 def test_bins_and_windows_hold_the_text(tmp_path, data):
     """The bins hold the text, as uint8 up to 256 characters and uint16 beyond. Targets are the next
     tokens."""
@@ -1298,8 +1314,9 @@ def test_a_run_logs_and_saves(run, data, capsys):
     assert newest['iter_num'] == 6 and best['best_val_loss'] == min(val_losses.values())
     assert newest['model'].keys() == tiny(bias=False).state_dict().keys()
     assert 'optimizer' in newest and 'optimizer' not in best
-    main('train.py', *TINY, f'--dataset={data}', f'--out_dir={run}', '--eval_only=True')
+    main('train.py', *TINY, f'--dataset={data}', f'--out_dir={run}', '--eval_only=True', '--rope=True')
     output = capsys.readouterr().out
+    assert "cannot be exported in GPT-2's format: it has rope\n" in output
     assert re.search(r'\nstep 0: train loss \d\.\d{4}, val loss \d\.\d{4}\n$', output)
     assert read_log(run) == log
     assert {p.name for p in run.iterdir()} == {'ckpt.pt', 'best.pt', 'log.jsonl', '.lock'}
