@@ -556,37 +556,25 @@ def test_streamed_text_is_whole_characters_up_to_stop():
 @pytest.fixture(scope='session')
 def bpe_spec():
     import regex
-    nepali = 'नेपाली भाषा राम्रो छ'
-    words = Counter(regex.findall(SPLIT, f'{TEXT}{nepali} 中文 🙂'))
+    words = Counter(regex.findall(SPLIT, TEXT + ''.join(ODD_TEXTS)))
     return dict(type='bpe', split=SPLIT, merges=[list(pair) for pair in train_bpe(words, 400)])
 
 
 def test_text_survives_encoding_and_decoding(bpe_spec, gpt2_files):
-    """Random Unicode, with lone surrogates and runs of spaces, decodes to itself, as a whole and token
-    by token. A char tokenizer refuses unknown characters. <|endoftext|> is one token in a prompt and
-    ordinary text in data."""
+    """Any Unicode, lone surrogates included, decodes to itself, as a whole and token by token.
+    <|endoftext|> is one token in a prompt and ordinary text in data."""
     rng = np.random.default_rng(0)
-    refused = 0
-    specs = dict(type='char', chars='\n abcé中'), bpe_spec, dict(type='gpt2')
-    toks = [get_tokenizer(json.loads(json.dumps(spec))) for spec in specs]
-    for tok in toks[1:]:
+    alphabet = [*range(128), *[32] * 50, *range(0xdc80, 0xdc90), *rng.integers(0x110000, size=200)]
+    texts = ODD_TEXTS + [''.join(map(chr, rng.choice(alphabet, 20))) for _ in range(500)]
+    for spec in (bpe_spec, dict(type='gpt2')):
+        tok = get_tokenizer(spec)
+        for text in texts:
+            ids = tok.encode(text).tolist()
+            assert max(ids, default=0) < tok.n_vocab
+            assert tok.decode_bytes(ids) == text.encode('utf-8', 'replace')
+            assert b''.join(tok.decode_bytes([i]) for i in ids) == tok.decode_bytes(ids)
         assert tok.encode('<|endoftext|>', special=True).tolist() == [tok.eot]
-        assert len(tok.encode('<|endoftext|>')) > 1
-    ranges = [range(32, 127), range(0x110000), [32, 10, 9, 13, 0xa0], range(0xdc80, 0xdd00), range(97, 100)]
-    for number in range(3000):
-        picked = [ranges[i] for i in rng.integers(5, size=rng.integers(1, 30))]
-        text = ''.join(chr(characters[rng.integers(len(characters))]) for characters in picked)
-        tok = toks[number % 3]
-        try:
-            ids = tok.encode(text, special=True)
-        except UserError as error:
-            assert tok is toks[0] and 'unknown to the tokenizer' in str(error)
-            refused += 1
-            continue
-        assert ids.max() < tok.n_vocab
-        assert tok.decode_bytes(ids) == text.encode('utf-8', 'replace')
-        assert b''.join(tok.decode_bytes([i]) for i in ids) == tok.decode_bytes(ids)
-    assert refused > 500
+        assert tok.eot not in tok.encode('<|endoftext|>')
 
 
 def test_bpe_training_is_the_textbook_algorithm():
@@ -609,23 +597,22 @@ def test_bpe_training_is_the_textbook_algorithm():
 
 @pytest.mark.parametrize('kind', ['bpe', 'gpt2'])
 def test_text_read_in_pieces_has_the_same_ids(kind, bpe_spec, gpt2_files, monkeypatch, tmp_path):
-    """A long text is cut into pieces where this does not change its ids, whether it has newlines or not."""
+    """A long text is cut where this does not change its ids, whether it has newlines or not."""
     tok = get_tokenizer(bpe_spec if kind == 'bpe' else dict(type='gpt2'))
+
     def pieces(text):
         (tmp_path / 'x.txt').write_text(text, encoding='utf-8')
-        pieces = [piece for piece, _ in prepare.read([str(tmp_path / 'x.txt')], 'test')]
-        assert ''.join(pieces) == text
-        return pieces
+        return [piece for piece, _ in prepare.read([str(tmp_path / 'x.txt')], 'test')]
+    monkeypatch.setattr(prepare, 'CHUNK', 97)
+    english = TEXT[:20_000]
     odd = ''.join(ODD_TEXTS).replace('\r\n', '\n').replace('\ufeff', '') * 3
-    english, chinese = TEXT[:20_000], '中文，没有空格。' * 500
-    one_line = english.replace('\n', ' ')
-    for text in (english, one_line, odd + english[:2000] + odd, chinese, '3,141\n592,\n' * 500):
-        for chunk in (97, 1013):
-            monkeypatch.setattr(prepare, 'CHUNK', chunk)
-            ids = [tok.encode(piece) for piece in pieces(text)]
-            assert np.concatenate(ids).tolist() == tok.encode(text).tolist() and len(ids) > 2
-    monkeypatch.setattr(prepare, 'LONGEST', 5000)  # one endless word: memory stays bounded
-    assert max(map(len, pieces('ACGT' * 10_000))) < 5000 + 2 * 1013
+    for text in (english, english.replace('\n', ' '), odd + english + odd,
+                 '中文，没有空格。' * 500, '3,141\n592,\n' * 500):
+        ids = [tok.encode(piece) for piece in pieces(text)]
+        assert len(ids) > 2 and np.concatenate(ids).tolist() == tok.encode(text).tolist()
+    monkeypatch.setattr(prepare, 'LONGEST', 500)  # one endless word: memory stays bounded
+    parts = pieces('ACGT' * 1000)
+    assert ''.join(parts) == 'ACGT' * 1000 and max(map(len, parts)) < 500 + 2 * 97
 
 
 def stored(folder):
@@ -635,48 +622,47 @@ def stored(folder):
 
 
 def test_all_kinds_of_sources_give_the_same_bins(tmp_path):
-    """A folder, .jsonl and .jsonl.gz of the same documents: <|endoftext|> between documents, whole ones
-    for validation. Hidden files and what prepare.py wrote are not text."""
-    docs = [f'document {i}, नेपाली 🙂 {"x" * (i % 7)}\n' for i in range(40)]
-    files = {f'{"sub/" if i >= 20 else ""}{i:02}.txt': doc for i, doc in enumerate(docs)}
-    for name, text in (files | {'.hidden': 'not', '.git/config': 'this'}).items():
-        (tmp_path / 'texts' / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / 'texts' / name).write_text(text, encoding='utf-8')
-    lines = ''.join(json.dumps({'text': doc, 'id': 1}) + '\n' for doc in docs).encode()
+    """A folder, .jsonl and .jsonl.gz of the same documents: <|endoftext|> between documents,
+    whole ones for validation. Hidden files and what prepare.py wrote are not text."""
+    docs = [f'document {i}, नेपाली 🙂\n' for i in range(40)]
+    files = {f'texts/{i // 20}/{i:02}.txt': doc for i, doc in enumerate(docs)}
+    for name, text in (files | {'texts/.hidden': 'not', 'texts/.git/config': 'this'}).items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text, encoding='utf-8')
+    lines = ''.join(json.dumps({'text': doc}) + '\n' for doc in docs).encode()
     (tmp_path / 'a.jsonl').write_bytes(lines)
     (tmp_path / 'a.jsonl.gz').write_bytes(gzip.compress(lines))
-    results = []
-    for folder, source in (('texts', 'texts'), ('texts', 'texts/'), ('set', 'a.jsonl'),
-                           ('set', 'a.jsonl.gz')):
-        prepare.prepare(str(tmp_path / folder), f'{tmp_path}/{source}', 'bpe', vocab_size=300)
-        bins, meta = stored(tmp_path / folder)
-        train, val = (get_tokenizer(meta['tokenizer']).decode_bytes(ids).decode() for ids in bins)
-        assert train + val == '<|endoftext|>'.join(docs)
-        assert 0.05 < len(val) / len(train + val) < 0.15
-        assert val == '<|endoftext|>'.join(docs[-len(val.split('<|endoftext|>')):])
-        results.append(bins)
-    assert results == [results[0]] * 4
-    prepare.prepare(str(tmp_path / 'more'), str(tmp_path / 'a.jsonl'), str(tmp_path / 'set' / 'meta.json'))
-    assert stored(tmp_path / 'more')[1]['tokenizer'] == meta['tokenizer']  # the same tokens, to finetune
+    folder = tmp_path / 'texts'
+    for source in ('texts', 'texts/', 'a.jsonl', 'a.jsonl.gz'):
+        prepare.prepare(str(folder), f'{tmp_path}/{source}', 'bpe', vocab_size=300)
+        (train, val), meta = stored(folder)
+        tok = get_tokenizer(meta['tokenizer'])
+        assert tok.decode_bytes(train + val).decode() == '<|endoftext|>'.join(docs)
+        assert tok.decode_bytes(val).decode() == '<|endoftext|>'.join(docs[36:])
+        assert (train + val).count(tok.eot) == 39
+    prepare.prepare(str(tmp_path / 'more'), f'{tmp_path}/a.jsonl', str(folder / 'meta.json'))
+    assert stored(tmp_path / 'more')[1]['tokenizer'] == meta['tokenizer']  # to finetune
 
 
 def test_bins_and_windows_hold_the_text(tmp_path, data):
-    """The bins hold the text, as uint8 up to 256 characters and uint16 beyond. Targets are the next
-    tokens."""
+    """The bins hold the text, as uint8 up to 256 characters and uint16 beyond. Targets are the
+    next tokens."""
     (train, val), meta = stored(data)
     assert get_tokenizer(meta['tokenizer']).decode_bytes(train + val).decode() == TEXT
     assert len(val) == round(0.1 * len(TEXT))
     x, y = load_windows(data / 'train.bin', meta['dtype'], np.array([0, 100]), 8, 'cpu')
-    assert x.tolist() == [train[0:8], train[100:108]] and y.tolist() == [train[1:9], train[101:109]]
+    assert x.tolist() == [train[0:8], train[100:108]]
+    assert y.tolist() == [train[1:9], train[101:109]]
+    many, text = str(tmp_path / 'many'), tmp_path / 'many.txt'
     for n, dtype in ((256, 'uint8'), (257, 'uint16')):
-        (tmp_path / 'many.txt').write_text(''.join(chr(0x4e00 + i) for i in range(n)) * 3, encoding='utf-8')
-        prepare.prepare(str(tmp_path / 'many'), str(tmp_path / 'many.txt'), 'char')
+        text.write_text(''.join(chr(0x4e00 + i) for i in range(n)), encoding='utf-8')
+        prepare.prepare(many, str(text), 'char')
         (train, val), meta = stored(tmp_path / 'many')
-        assert meta['dtype'] == dtype and train + val == list(range(n)) * 3
-        assert load_dataset(str(tmp_path / 'many'))[0] == meta
-        for wrong in (dict(vocab_size=n + 1), dict(dtype='int8'), dict(train_tokens=-1)):
-            (tmp_path / 'many' / 'meta.json').write_text(json.dumps(meta | wrong))
-            refuses('meta.json is damaged', load_dataset, str(tmp_path / 'many'))
+        assert meta['dtype'] == dtype and train + val == list(range(n))
+        assert load_dataset(many)[0] == meta
+    for wrong in (dict(vocab_size=258), dict(dtype='int8'), dict(train_tokens=-1)):
+        (tmp_path / 'many' / 'meta.json').write_text(json.dumps(meta | wrong))
+        refuses('meta.json is damaged', load_dataset, many)
 
 
 class Server(http.server.BaseHTTPRequestHandler):
@@ -810,58 +796,61 @@ def hugging_face(folder, dtype='float32', shard_size='5GB', **changes):
 @pytest.mark.parametrize('device', DEVICES)
 @pytest.mark.parametrize('dtype, shard_size, changes', [
     ('float32', '60KB', {}),
-    ('float16', '5GB', {}),
-    ('bfloat16', '5GB', dict(n_layer=1, n_head=1)),
-    ('float32', '5GB', dict(n_embd=128, n_head=2, activation_function='gelu_pytorch_tanh',
-                            n_inner=512))], ids=str)
+    ('float16', '5GB', dict(n_head=1)),
+    ('bfloat16', '5GB', dict(activation_function='gelu_pytorch_tanh', n_inner=192))], ids=str)
 def test_gpt2_is_gpt2(tmp_path, dtype, shard_size, changes, device):
     """Weights that transformers saved, in one file or several: the same logits as transformers,
     and the same greedy continuation."""
     theirs = hugging_face(tmp_path, dtype, shard_size, **changes)
-    file = tmp_path / 'model.safetensors'
-    if dtype == 'float16':  # as OpenAI's were converted: shorter names, and masks
-        from safetensors.torch import load_file, save_file
-        weights = {name.removeprefix('transformer.'): w for name, w in load_file(file).items()}
-        masks = {'h.0.attn.bias': torch.ones(1, 1, 32, 32).tril().byte(),
-                 'h.0.attn.masked_bias': torch.tensor(-1e4)}
-        save_file(weights | masks, file, {'format': 'pt'})
     ours = GPT.from_pretrained(str(tmp_path)).to(device).eval()
     idx = torch.randint(1, 97, (2, 32))
     logits = ours(idx.to(device))[0].cpu()
     torch.testing.assert_close(logits, theirs(idx).logits, rtol=1e-4, atol=1e-4)
-    prompt = idx[:, :9]
-    expected = theirs.generate(prompt, max_new_tokens=20, do_sample=False, eos_token_id=None)
-    tokens = torch.stack(list(ours.generate(prompt.to(device), 20, temperature=0)), 1).cpu()
+    expected = theirs.generate(idx[:, :9], max_new_tokens=20, do_sample=False, eos_token_id=None)
+    tokens = torch.stack(list(ours.generate(idx[:, :9].to(device), 20, temperature=0)), 1).cpu()
     assert torch.equal(tokens, expected[:, 9:])
-    (tmp_path / 'config.json').unlink()
-    if ours.config.n_embd == 128:  # heads of 64: the shapes say all
-        assert torch.equal(GPT.from_pretrained(str(file)).eval()(idx)[0], ours.cpu()(idx)[0])
-    elif file.exists():
-        refuses('n_embd=48 is not a multiple of 64', GPT.from_pretrained, str(file))
+
+
+def test_a_file_like_openais_needs_no_config(tmp_path):
+    """The names are shorter, there are masks, and heads have size 64."""
+    from safetensors.torch import load_file, save_file
+    theirs = hugging_face(tmp_path, n_embd=128, n_head=2)
+    weights = load_file(tmp_path / 'model.safetensors')
+    weights = {name.removeprefix('transformer.'): w for name, w in weights.items()}
+    weights['h.0.attn.bias'] = torch.ones(1, 1, 32, 32).tril().byte()
+    (tmp_path / 'alone').mkdir()
+    file = tmp_path / 'alone' / 'x.safetensors'
+    save_file(weights, file)
+    idx = torch.randint(97, (2, 32))
+    logits = GPT.from_pretrained(str(file)).eval()(idx)[0]
+    torch.testing.assert_close(logits, theirs(idx).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_what_is_not_gpt2_is_refused(tmp_path):
     """Neither other architectures nor other tokenizers are taken for GPT-2's."""
     from safetensors.torch import load_file, save_file
-    hugging_face(tmp_path, vocab_size=50257, n_layer=1)
+    hugging_face(tmp_path)
     config, file = tmp_path / 'config.json', tmp_path / 'model.safetensors'
-    load = partial(load_checkpoint, str(tmp_path))
+    load = partial(GPT.from_pretrained, str(tmp_path))
+    refuses("not GPT-2's", main, 'sample.py', f'--init_from={tmp_path}', '--device=cpu')
     for word, kind in (('gazed', 'gpt2'), ('mundo', 'unknown')):
         (tmp_path / 'vocab.json').write_text(f'{{"o": 0, "\u0120{word}": 50255}}')
-        assert load()['tokenizer']['type'] == kind
-    refuses("not GPT-2's", main, 'sample.py', f'--init_from={tmp_path}', '--device=cpu')
+        assert model.tokenizer_of(tmp_path, 50257)['type'] == kind
     text, weights = config.read_text(), load_file(file)
     for name, value in (('activation_function', 'relu'), ('n_layer', 2),
                         ('scale_attn_by_inverse_layer_idx', True)):
         config.write_text(json.dumps(json.loads(text) | {name: value}))
         refuses(f'says {name}={value!r}, but', load)
+    config.unlink()
+    refuses('n_embd=48 is not a multiple of 64', load)
     config.write_text(text)
     for name, tensor, message in (
-            ('lm_head.weight', torch.ones(50257, 48), 'lm_head.weight differs from wte.weight'),
+            ('lm_head.weight', torch.ones(97, 48), 'lm_head.weight differs from wte.weight'),
             ('transformer.wpe.weight', torch.ones(9, 9).byte(), 'must be F32, F16 or BF16'),
+            ('transformer.wpe.weight', torch.ones(9), 'is not a GPT-2'),
             ('transformer.h.0.extra', torch.ones(1), 'Unexpected key')):
-        save_file(weights | {name: tensor}, file, {'format': 'pt'})
-        refuses(message, GPT.from_pretrained, str(tmp_path))
+        save_file(weights | {name: tensor}, file)
+        refuses(message, load)
 
 
 def test_openai_weights_come_from_the_hub_or_its_cache(server, tmp_path, monkeypatch):
@@ -895,11 +884,10 @@ def test_transformers_loads_what_we_export(kind, bpe_spec, gpt2_files, tmp_path)
     """transformers computes the same logits, without the padding, and the same ids. Loading the
     export gives back every bit."""
     transformers = pytest.importorskip('transformers')
-    specs = dict(char=dict(type='char', chars='abcdefgh'), bpe=bpe_spec, gpt2=dict(type='gpt2'))
-    spec = specs[kind]
+    spec = bpe_spec if kind == 'bpe' else dict(type=kind, chars='abcdefgh')
     tok = get_tokenizer(spec)
     padded = math.ceil(tok.n_vocab / 64) * 64
-    ours = tiny(vocab_size=padded, bias=kind == 'gpt2', dropout=0.1)
+    ours = tiny(vocab_size=padded, bias=kind == 'gpt2')
     model.to_huggingface(checkpoint_of(ours, spec), str(tmp_path))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     idx = torch.randint(tok.n_vocab, (2, 16))
@@ -907,23 +895,17 @@ def test_transformers_loads_what_we_export(kind, bpe_spec, gpt2_files, tmp_path)
     torch.testing.assert_close(theirs(idx).logits, logits, rtol=1e-4, atol=1e-4)
     assert theirs.config.eos_token_id == theirs.generation_config.eos_token_id == tok.eot
 
-    tokenizers = []
-    if kind != 'char':
-        tokenizers.append(transformers.AutoTokenizer.from_pretrained(tmp_path))
-    if kind == 'gpt2':
-        tokenizers.append(transformers.GPT2Tokenizer(str(gpt2_files / 'encoder.json'),
-                                                     str(gpt2_files / 'vocab.bpe')))
-    for tokenizer in tokenizers:
-        for text in ODD_TEXTS:
-            ids = tok.encode(text, special=True).tolist()
-            assert tokenizer.encode(text) == ids
-            assert tokenizer.decode(ids) == text
-
     loaded, before = load_checkpoint(str(tmp_path)), ours.state_dict()
     assert loaded['tokenizer'] == spec and loaded['model_args']['vocab_size'] == tok.n_vocab
     for name, w in loaded['model'].items():  # missing biases are exported as zeros
         expected = before.get(name, torch.zeros(len(w)))[:len(w)]
         assert torch.equal(w, expected), name
+    if kind != 'char':
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+        for text in ODD_TEXTS:
+            ids = tokenizer.encode(text)
+            assert ids == tok.encode(text, special=True).tolist()
+            assert tokenizer.decode(ids) == text
 
 
 def test_a_new_flag_is_neither_ignored_nor_exported_as_gpt2(monkeypatch, tmp_path):
@@ -953,66 +935,39 @@ def test_onnx(flags, tmp_path):
         torch.testing.assert_close(torch.from_numpy(logits), ours(idx)[0], rtol=1e-4, atol=1e-4)
 
 
-def mutations(data, seed, count):
-    """Copies of data with a few bytes changed, cut out, put in or repeated."""
-    rng = np.random.default_rng(seed)
-    for _ in range(count):
-        changed = bytearray(data)
-        for _ in range(rng.integers(1, 4)):
-            at, n = rng.integers(len(changed)), int(rng.integers(1, 9))
-            number = str(rng.integers(-9, 10 ** rng.integers(1, 18))).encode()
-            inserts = [b'', rng.bytes(n), rng.bytes(n), number, changed[at:at + n]]
-            changed[at:at + n * rng.integers(2)] = inserts[n % 5]
-        yield bytes(changed if rng.integers(8) else changed[:rng.integers(len(changed))])
-
-
 @pytest.mark.filterwarnings('ignore')
-def test_damaged_files_load_or_are_refused(data, bpe_spec, tmp_path):
-    """Thousands of damaged weights, checkpoints, pickles and meta.json files. Each one loads or raises
-    UserError in one line, and takes little memory."""
-    resource = pytest.importorskip('resource')
-    def load_model(path):
-        return GPT.from_checkpoint(load_checkpoint(str(path)))
-    def load_data(path):
-        tok = get_tokenizer(load_dataset(str(path.parent))[0]['tokenizer'])
-        return tok.decode_bytes(tok.encode('the')) and tok.decode_bytes([0])
-    def load_pickle(path):
-        return prepare.nanogpt_tokenizer(str(path.parent))
-    names = ('model.safetensors', 'a.pt', 'old.pt', 'meta.pkl')
-    tensors, zipped, old, plain = (tmp_path / name for name in names)
-    hugging_face(tmp_path, n_layer=1, n_embd=64, n_head=1, vocab_size=3, n_positions=2)
-    (tmp_path / 'config.json').unlink()
+@pytest.mark.parametrize('kind', ['char', 'bpe'])
+def test_damaged_files_load_or_are_refused(kind, tmp_path):
+    """Hundreds of damaged weights, config.json and meta.json files. Each one loads or raises
+    UserError in one line."""
+    folder = str(tmp_path)
     small = tiny(n_layer=1, n_embd=2, n_head=1, block_size=2, vocab_size=4)
-    checkpoint = checkpoint_of(small, dict(type='gpt2')) | dict(config={}, iter_num=1, best_val_loss=1.0)
-    torch.save(checkpoint, zipped)
-    torch.save(checkpoint, old, _use_new_zipfile_serialization=False)
-    itos = {0: 'a', 1: 'b', 2: 'c'}
-    plain.write_bytes(pickle.dumps(dict(vocab_size=3, itos=itos, stoi=dict(a=0, b=1, c=2))))
-    char = json.loads((data / 'meta.json').read_text()) | dict(train_tokens=50, val_tokens=50)
-    bpe = char | dict(tokenizer=bpe_spec, vocab_size=657, dtype='uint16')
-    for name, meta, size in (('char', char, 50), ('bpe', bpe, 100)):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / 'meta.json').write_text(json.dumps(meta))
-        for split in ('train', 'val'):
-            (tmp_path / name / f'{split}.bin').write_bytes(bytes(size))
-    damages = {tensors: (load_model, 2000), zipped: (load_model, 1500), old: (load_model, 800),
-               plain: (load_pickle, 2000), tmp_path / 'char' / 'meta.json': (load_data, 800),
-               tmp_path / 'bpe' / 'meta.json': (load_data, 400)}
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for path, (load, count) in damages.items():
-        content, refused = path.read_bytes(), 0
-        header = 8 + int.from_bytes(content[:8], 'little') if path == tensors else len(content)
-        assert load(path)
-        for changed in mutations(content[:header], count, count):
-            path.write_bytes(changed + content[header:])
+    model.to_huggingface(checkpoint_of(small, dict(type='char', chars='abcd')), folder)
+    (tmp_path / 'x.txt').write_text('the theory of the other ' * 9)
+    prepare.prepare(folder, f'{folder}/x.txt', kind, vocab_size=270)
+
+    def load():
+        meta, _ = load_dataset(folder)
+        tok = get_tokenizer(meta['tokenizer'])
+        tok.decode_bytes(tok.encode('the'))
+        GPT.from_checkpoint(load_checkpoint(folder))
+    load()
+    rng = np.random.default_rng(0)
+    for name in ('model.safetensors', 'config.json', 'meta.json'):
+        content, refused = (tmp_path / name).read_bytes(), 0
+        for _ in range(200):
+            begin = rng.integers(len(content))
+            end = begin + rng.integers(9)
+            number = str(rng.integers(-9, 10 ** rng.integers(1, 18))).encode()
+            inserted = [b'', rng.bytes(3), number, content[begin:end]][rng.integers(4)]
+            (tmp_path / name).write_bytes(content[:begin] + inserted + content[end:])
             try:
-                assert load(path)
+                load()
             except UserError as error:
                 assert '\n' not in str(error)
                 refused += 1
-        assert refused > 0.4 * count, path
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    assert grown * (1 if sys.platform == 'darwin' else 1024) < 500e6
+        assert refused > 50, name
+        (tmp_path / name).write_bytes(content)
 
 
 def test_weights_have_to_fit_the_model():
@@ -1035,11 +990,11 @@ def test_files_with_code_in_them_are_refused(tmp_path):
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / 'executed'),)
     for zipped in (True, False):
-        torch.save(dict(model=Evil(), config={}), tmp_path / 'ckpt.pt', _use_new_zipfile_serialization=zipped)
+        torch.save(Evil(), tmp_path / 'ckpt.pt', _use_new_zipfile_serialization=zipped)
         refuses('is damaged or not a checkpoint', load_checkpoint, str(tmp_path))
     memo = b'\x80\x04Nr\xff\xff\xff\x7f.'  # None, with the memo index 2,147,483,647
     deep = b'\x80\x04}' + b'(' * 1000 + b't' * 1000 + b'Ns.'
-    for content in (pickle.dumps(dict(itos=Evil())), memo, deep, pickle.dumps(dict(itos=['ab']))):
+    for content in (pickle.dumps(Evil()), memo, deep, pickle.dumps(dict(itos=['ab']))):
         (tmp_path / 'meta.pkl').write_bytes(content)
         refuses('meta.pkl is damaged or not', prepare.nanogpt_tokenizer, str(tmp_path))
     assert not (tmp_path / 'executed').exists()
@@ -1047,58 +1002,56 @@ def test_files_with_code_in_them_are_refused(tmp_path):
 
 def test_a_safetensors_header_accounts_for_every_byte(tmp_path):
     """Other headers are refused before a tensor is read."""
-    def read(header, size=8):
-        path, text = tmp_path / 'x.safetensors', json.dumps(header).encode()
+    def read(*entries, size=8):
+        header = {str(i): dict(dtype=dtype, shape=shape, data_offsets=offsets)
+                  for i, (dtype, shape, offsets) in enumerate(entries)}
+        text = json.dumps(header).encode()
+        path = tmp_path / 'x.safetensors'
         path.write_bytes(len(text).to_bytes(8, 'little') + text + bytes(size))
         return [name for name, _ in model.read_safetensors(str(path))]
-    a = dict(dtype='F32', shape=[1], data_offsets=[0, 4])
-    b = dict(dtype='F32', shape=[1], data_offsets=[4, 8])
-    assert read(dict(b=b, a=a, __metadata__=dict(format='pt'))) == ['a', 'b']
-    refuses('bytes on disk, .* in the header', read, dict(a=a, b=b), 9)
-    for wrong in (dict(a=a, b=a), dict(a=a), dict(b=b), dict(a=a | dict(shape=[2]), b=b),
-                  dict(a=a, b=b | dict(dtype='F64')), dict(a=a | dict(shape=[-1, -1]), b=b),
-                  dict(a=a | dict(shape=[2 ** 62, 4, 2 ** 62]), b=b)):
-        refuses('is damaged or not a safetensors file', read, wrong)
+    first, second = ('F32', [1], [0, 4]), ('F32', [1], [4, 8])
+    assert read(second, first) == ['1', '0']
+    refuses('bytes on disk, .* in the header', read, first, second, size=9)
+    for wrong in (first, ('F32', [2], [4, 8]), ('F64', [1], [4, 8]), ('F32', [-1, -1], [4, 8]),
+                  ('F32', [2 ** 62, 4, 2 ** 62], [4, 8])):
+        refuses('is damaged or not a safetensors file', read, first, wrong)
 
 
-def test_nanogpt_runs_resume(run, data, tmp_path, monkeypatch):
+def test_nanogpt_runs_resume(data, tmp_path, monkeypatch):
     """nanoGPT's data trains as it is. Its checkpoint samples where its characters are found, and
-    resumes with the losses of a checkpoint of ours."""
-    dataset = tmp_path / 'data' / 'shakespeare_char'
-    near, far, ours = tmp_path / 'out', tmp_path / 'far' / 'away' / 'out', tmp_path / 'ours'
+    resumes as the same checkpoint of ours does."""
     monkeypatch.setattr(prepare, 'DATA', str(tmp_path / 'data'))
+    dataset = tmp_path / 'data' / 'letters'
+    near, far, ours = tmp_path / 'out', tmp_path / 'far' / 'away' / 'out', tmp_path / 'ours'
+    for folder in (dataset, near, far, ours):
+        folder.mkdir(parents=True)
     bins, meta = stored(data)
     chars = meta['tokenizer']['chars']
-    dataset.mkdir(parents=True)
-    for split, ids in zip(('train', 'val'), bins, strict=True):
-        np.array(ids, np.uint16).tofile(dataset / f'{split}.bin')
-    itos = dict(enumerate(chars))
-    (dataset / 'meta.pkl').write_bytes(pickle.dumps(dict(itos=itos, vocab_size=len(chars))))
+    np.array(bins[0], np.uint16).tofile(dataset / 'train.bin')
+    np.array(bins[1], np.uint16).tofile(dataset / 'val.bin')
+    (dataset / 'meta.pkl').write_bytes(pickle.dumps(dict(itos=dict(enumerate(chars)))))
 
-    def unpad(w):
-        return w[:len(chars)] if w.dim() == 2 and len(w) == 64 else w
-    checkpoint = read_checkpoint(run)
-    weights = {f'_orig_mod.{name}': unpad(w) for name, w in checkpoint['model'].items()}
+    gpt, idx = tiny(vocab_size=len(chars)), torch.zeros(1, 9, dtype=torch.long)
+    adamw = gpt.configure_optimizers('adamw', 0.1, 1e-3, (0.9, 0.95))['adamw']
+    gpt(idx, idx)[1].backward()
+    adamw.step()
+    shared = dict(model_args=vars(gpt.config), iter_num=6, config=dict(dataset='letters'))
+    weights = {f'_orig_mod.{name}': w for name, w in gpt.state_dict().items()}
     weights['_orig_mod.transformer.h.0.attn.bias'] = torch.ones(1, 1, 16, 16).tril()
-    adamw = torch.utils._pytree.tree_map_only(torch.Tensor, unpad, checkpoint['optimizer']['adamw'])
-    for out in (near, far):
-        out.mkdir(parents=True)
-        torch.save(dict(model=weights, optimizer=adamw, iter_num=6,
-                        model_args=checkpoint['model_args'] | dict(vocab_size=len(chars)),
-                        config=dict(dataset=dataset.name), best_val_loss=torch.tensor(2.0)),
-                   out / 'ckpt.pt')
+    theirs = shared | dict(model=weights, optimizer=adamw.state_dict(), best_val_loss=torch.tensor(9.0))
+    torch.save(theirs, near / 'ckpt.pt')
+    torch.save(theirs, far / 'ckpt.pt')
+    torch.save(shared | dict(model=gpt.state_dict(), optimizer=dict(adamw=adamw.state_dict()), scaler={},
+                             tokenizer=meta['tokenizer'], best_val_loss=9.0), ours / 'ckpt.pt')
+
     sample = partial(main, 'sample.py', '--max_new_tokens=9', '--device=cpu')
     sample(f'--out_dir={near}')
-    refuses("characters of dataset 'shakespeare_char', but no matching meta", sample, f'--out_dir={far}')
-    shutil.copytree(run, ours)
-    for out, name in ((far, dataset.name), (ours, data)):
+    refuses("characters of dataset 'letters', but no matching meta", sample, f'--out_dir={far}')
+    for out, name in ((far, 'letters'), (ours, data)):
         main('train.py', *TINY, f'--out_dir={out}', f'--dataset={name}', '--init_from=resume',
              '--max_iters=8')
-    resumed, expected = read_checkpoint(far), read_checkpoint(ours)
-    assert resumed['tokenizer'] == expected['tokenizer'] and resumed['iter_num'] == 8
-    for name, w in resumed['model'].items():
-        torch.testing.assert_close(w, expected['model'][name][:len(w)], rtol=1e-3, atol=1e-4)
-    assert {p.name for p in dataset.iterdir()} == {'train.bin', 'val.bin', 'meta.pkl'}
+    assert_same_run(far, ours)
+    assert len(list(dataset.iterdir())) == 3  # nothing new
 
 
 def test_nanogpt_settings_are_known():
