@@ -1068,21 +1068,19 @@ def test_nanogpt_settings_are_known():
 # Batches, schedules and settings.
 
 
-@pytest.mark.parametrize('n, size', [(1000, 16), (17, 16), (33, 16), (64, 16)])
-def test_an_epoch_reads_every_window_once(n, size):
+def test_an_epoch_reads_every_window_once():
     """No window comes twice in an epoch or leaves the data. Every epoch has its own order and
     offset. The sequence is the same however steps, ranks and resumes divide it."""
-    per_epoch = max(1, n // size - 1)
-    parts = [window_starts(n, size, 7, first, 10) for first in range(0, 20 * per_epoch, 10)]
-    epochs = np.concatenate(parts).reshape(20, per_epoch)
-    for starts in epochs:
-        assert len(set(starts)) == per_epoch and set(np.diff(np.sort(starts))) <= {size}
-        assert starts.min() >= 0 and starts.max() + size + 1 <= n
-    other_seed = window_starts(n, size, 8, 0, 20 * per_epoch).reshape(20, per_epoch)
-    if n > 17:  # which has one window
-        assert len(set(epochs.min(axis=1))) > 1 and not np.array_equal(epochs, other_seed)
-    if n == 1000:
-        assert len({tuple(np.argsort(starts)) for starts in epochs}) == 20
+    for n in (17, 33, 64, 1000):
+        per_epoch = max(1, n // 16 - 1)
+        parts = [window_starts(n, 16, 7, first, 10) for first in range(0, 20 * per_epoch, 10)]
+        epochs = np.concatenate(parts).reshape(20, per_epoch)
+        for starts in epochs:
+            assert len(set(starts)) == per_epoch and set(np.diff(np.sort(starts))) <= {16}
+            assert starts.min() >= 0 and starts.max() + 17 <= n
+    assert len({tuple(np.argsort(starts)) for starts in epochs}) == 20
+    assert len(set(epochs.min(axis=1))) > 1
+    assert not np.array_equal(window_starts(n, 16, 8, 0, epochs.size), epochs.flat)
 
 
 def test_learning_rate():
@@ -1104,9 +1102,8 @@ def configured(*argv):
 
 
 @pytest.mark.parametrize('arg, value', [
-    ('--iters=1e3', 1000), ('--iters=-0', 0), ('--rate=1', 1.0), ('--flag=0', False),
-    ('--name=42', '42'), ('--name=a=b', 'a=b'), ('--name=', ''), ('--compile=False', False),
-    ('--compile=auto', 'auto')])
+    ('--iters=1e3', 1000), ('--rate=1', 1.0), ('--flag=0', False), ('--name=42', '42'),
+    ('--name=a=b', 'a=b'), ('--name=', ''), ('--compile=False', False), ('--compile=auto', 'auto')])
 def test_values_take_the_type_of_their_default(arg, value):
     name = arg[2:].partition('=')[0]
     setting = configured(arg)[name]
@@ -1115,12 +1112,10 @@ def test_values_take_the_type_of_their_default(arg, value):
 
 @pytest.mark.parametrize('arg, message', [
     ('--itters=3', 'did you mean iters'), ('--qqqq', '--help lists them'),
-    ('--=', 'unknown setting'), ('--__file__=x', 'unknown setting'), ('--flag=maybe', 'takes True or False'),
-    ('--iters=1.5', 'takes a whole number'), ('--iters=nan', 'takes a whole number'),
-    ('--iters=1e999', 'takes a whole number'), ('--iters=0x10', 'takes a whole number'),
-    ('--rate=1j', 'takes a number'), ('--rate=\n', 'takes a number'), ('--rate=', 'takes a number'),
-    ('--iters', 'write --iters=VALUE, without spaces'), ('iters=3', 'write --iters=3'),
-    ('-iters=3', 'unknown setting'), ('none.py', "no override file 'none.py'")])
+    ('--__file__=x', 'unknown setting'), ('--flag=maybe', 'takes True or False'),
+    ('--iters=1.5', 'takes a whole number'), ('--iters=1e999', 'takes a whole number'),
+    ('--rate=\n', 'takes a number'), ('--iters', 'write --iters=VALUE, without spaces'),
+    ('iters=3', 'write --iters=3'), ('none.py', "no override file 'none.py'")])
 def test_bad_arguments_are_refused(arg, message):
     refuses(message, configured, arg)
 
@@ -1139,35 +1134,30 @@ def test_override_files(tmp_path):
         refuses(f'{re.escape(str(file))}.*{message}', configured, str(file))
 
 
-@pytest.mark.parametrize(
-    'script', ('train.py', 'model.py', 'sample.py', 'prepare.py', 'bench.py'))
-def test_help_shows_every_setting(script, capsys):
+def test_help_shows_every_setting(capsys):
     """--help lists the settings as they stand in the source: headings, defaults, comments. It fits
     80 columns."""
-    capsys.readouterr()
-    main(script, '--help')
-    output = capsys.readouterr().out
-    assert max(map(len, output.splitlines())) <= 80
-    if script == 'train.py':
-        source = (HERE / script).read_text()
-        names = re.findall(r'^  --(\w+)=', output, re.MULTILINE)
-        assert names == re.findall(r'^([a-z]\w*) = ', source, re.MULTILINE)
-        assert re.search(r'\n\n# data\n  --dataset=.* folder in data/', output)
-        assert re.search(r'--eval_interval=2000 +steps between evaluations', output)
+    for script in ('model.py', 'sample.py', 'prepare.py', 'bench.py', 'train.py'):
+        main(script, '--help')
+        output = capsys.readouterr().out
+        assert max(map(len, output.splitlines())) <= 80
+    names = re.findall(r'^  --(\w+)=', output, re.MULTILINE)
+    source = (HERE / 'train.py').read_text()
+    assert names == re.findall(r'^([a-z]\w*) = ', source, re.MULTILINE)
+    assert re.search(r'\n\n# data\n  --dataset=.* folder in data/', output)
+    assert re.search(r'--eval_interval=2000 +steps between evaluations', output)
 
 
 def test_device_and_dtype_are_honored_or_refused(monkeypatch):
     """'auto' always works. It takes bfloat16 for wide models on CPUs that have it."""
     assert resolve_device('auto').split(':')[0] in DEVICES
-    assert resolve_dtype('bfloat16', 'cpu') == 'bfloat16'
     for has_bf16, width, dtype in ((True, 256, 'bfloat16'), (True, 255, 'float32'),
                                    (False, 256, 'float32')):
         monkeypatch.setattr(torch.cpu, '_is_avx512_bf16_supported', partial(bool, has_bf16))
         assert resolve_dtype('auto', 'cpu', width) == dtype
-    for device in ('tpu', 'cuda:99'):
-        refuses('but this machine has', resolve_device, device)
-    for dtype in ('float64', 'float16'):
-        refuses(f"dtype='{dtype}'", resolve_dtype, dtype, 'cpu')
+    refuses('but this machine has', resolve_device, 'cuda:99')
+    refuses("dtype='float64'", resolve_dtype, 'float64', 'cpu')
+    refuses("dtype='float16'", resolve_dtype, 'float16', 'cpu')
 
 
 # -----------------------------------------------------------------------------
@@ -1197,15 +1187,14 @@ def test_auto_starts_and_then_resumes(data, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     args = [*TINY, f'--dataset={data}', '--out_dir=o u t', '--init_from=auto']
     main('train.py', *args, '--max_iters=3')
-    output = capsys.readouterr().out
-    assert 'resuming' not in output and "sample.py '--out_dir=o u t'" in output
+    assert "sample.py '--out_dir=o u t'" in capsys.readouterr().out
     main('train.py', *args, '--sample_interval=6')
     output = capsys.readouterr().out
     assert 'resuming o u t/ckpt.pt at step 3' in output and '\n| ' in output
     log = read_log(tmp_path / 'o u t')
     assert [entry['iter'] for entry in log] == [0, 0, 1, 2, 3, 3, 4, 5, 6]
     seconds = [entry['seconds'] for entry in log]
-    assert seconds == sorted(seconds) and seconds[0] < seconds[-1]
+    assert seconds == sorted(seconds)
     for entry in log:  # a step's tokens include its own batch
         steps = entry['iter'] + ('loss' in entry)
         assert entry['tokens'] == steps * 2 * 4 * 16
@@ -1268,24 +1257,23 @@ def test_a_stopped_run_resumes_exactly(optimizer, stop, start, data, tmp_path):
 
 def test_save_interval_counts_from_the_last_save(data, tmp_path, monkeypatch):
     """Evaluations that save nothing do not delay it."""
-    minutes, saved = [0.0], []
-    save, clip = torch.save, torch.nn.utils.clip_grad_norm_
+    minutes, saved = [0], []
+    clip, save = torch.nn.utils.clip_grad_norm_, model.save_checkpoint
 
     def clip_for_a_minute(*args):
         minutes[0] += 1
         return clip(*args)
 
-    def record_save(checkpoint, file):
-        if 'optimizer' in checkpoint:
-            saved.append(checkpoint['iter_num'])
-        save(checkpoint, file)
-    monkeypatch.setattr(time, 'time', lambda: 60 * minutes[0])
+    def record_save(checkpoint, path):
+        saved.append((os.path.basename(path), checkpoint['iter_num']))
+        save(checkpoint, path)
+    monkeypatch.setattr(time, 'time', lambda: 60.0 * minutes[0])
     monkeypatch.setattr(torch.nn.utils, 'clip_grad_norm_', clip_for_a_minute)
-    monkeypatch.setattr(torch, 'save', record_save)
+    monkeypatch.setattr(model, 'save_checkpoint', record_save)
     main('train.py', *TINY, f'--dataset={data}', f'--out_dir={tmp_path}', '--max_iters=10',
          '--eval_interval=1', '--learning_rate=0', '--min_lr=0',  # the loss never improves
          '--always_save_checkpoint=False', '--save_interval=2.5')
-    assert saved == [0, 3, 6, 9, 10]
+    assert saved == [('best.pt', 0)] + [('ckpt.pt', step) for step in (0, 3, 6, 9, 10)]
 
 
 def test_resume_uses_new_settings_and_never_saves_a_broken_model(run, data, tmp_path):
@@ -1307,27 +1295,29 @@ def test_resume_uses_new_settings_and_never_saves_a_broken_model(run, data, tmp_
     assert read_checkpoint(out)['iter_num'] == 9
 
 
-def test_compiled_and_in_bfloat16(data, tmp_path, monkeypatch, capfd):
-    """A compiled model is saved in float32 under its own names. Where compiling fails, 'auto'
-    warns and goes on, and True is an error that says how to go on."""
-    args = [*TINY, f'--dataset={data}', f'--out_dir={tmp_path}', '--dtype=bfloat16']
-    compile = torch.compile
-    monkeypatch.setattr(torch, 'compile', partial(compile, backend='eager'))
-    main('train.py', *args, '--compile=True', '--max_iters=2')
+def test_a_compiled_model_is_saved_under_its_own_names(data, tmp_path, monkeypatch):
+    """In float32, though it computes in bfloat16."""
+    monkeypatch.setattr(torch, 'compile', partial(torch.compile, backend='eager'))
+    main('train.py', *TINY, f'--dataset={data}', f'--out_dir={tmp_path}', '--dtype=bfloat16',
+         '--compile=True', '--max_iters=2')
     weights = read_checkpoint(tmp_path)['model']
     assert weights.keys() == tiny(bias=False).state_dict().keys()
     assert weights['lm_head.weight'].dtype == torch.float32
 
-    monkeypatch.setattr(torch, 'compile', partial(compile, backend=lambda *args: 1 / 0))
+
+def test_where_compiling_fails_training_goes_on_or_says_how(data, monkeypatch, capfd):
+    """'auto' goes on without it. True is an error of one line."""
+    monkeypatch.setattr(torch, 'compile', partial(torch.compile, backend=lambda *args: 1 / 0))
     monkeypatch.setattr(torch._dynamo.config, 'suppress_errors', False)
     torch._dynamo.reset()
+    evaluate = [*TINY, f'--dataset={data}', '--eval_only=True']
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed) as error:
-        main('train.py', *args, '--compile=True')
+        main('train.py', *evaluate, '--compile=True')
     with pytest.raises(SystemExit):
         sys.excepthook(type(error.value), error.value, None)
     assert re.search('torch.compile failed .* or pass --compile=False', capfd.readouterr().err)
     torch._dynamo.reset()
-    main('train.py', *args, '--max_iters=1e9', '--eval_only=True')  # long enough to compile
+    main('train.py', *evaluate, '--max_iters=1e9')  # long enough to compile
     assert 'val loss' in capfd.readouterr().out
     torch._dynamo.reset()
 
@@ -1427,15 +1417,13 @@ def test_a_full_disk_stops_nothing(start, data, tmp_path):
 
 def test_a_flipped_bit_is_noticed(run, tmp_path):
     """A flipped bit changes no weight: the file is refused, and other checkpoints are named."""
-    content = (run / 'ckpt.pt').read_bytes()
-    weights = read_checkpoint(run)['model']
-    shutil.copytree(run, tmp_path / 'out')
-    path = tmp_path / 'out' / 'ckpt.pt'
+    content, weights = (run / 'ckpt.pt').read_bytes(), read_checkpoint(run)['model']
+    (tmp_path / 'best.pt').write_bytes(b'')
+    path = tmp_path / 'ckpt.pt'
     # no checksum covers the bit that makes the last tensor's entry a folder
     folder_bit = 8 * (content.rindex(b'archive/data/') - 8) + 4
-    bits = np.random.default_rng(0).integers(8 * len(content), size=100)
     refused = 0
-    for bit in (folder_bit, *bits):
+    for bit in (folder_bit, *np.random.default_rng(0).integers(8 * len(content), size=100)):
         flipped = bytearray(content)
         flipped[bit // 8] ^= 1 << bit % 8
         path.write_bytes(flipped)
@@ -1455,15 +1443,14 @@ def test_steps_without_a_finite_gradient_are_skipped(data, tmp_path, monkeypatch
     weights, overflows = [], [2]  # weights before each step; steps whose gradient overflows
 
     def clip_with_overflow(parameters, max_norm):
-        parameters = list(parameters)
+        first, *others = parameters
         if len(weights) in overflows:
-            parameters[0].grad[0] = math.inf
-        weights.append([p.detach().clone() for p in parameters])
-        return clip(parameters, max_norm)
+            first.grad[0] = math.inf
+        weights.append(first.detach().clone())
+        return clip([first, *others], max_norm)
     monkeypatch.setattr(torch.nn.utils, 'clip_grad_norm_', clip_with_overflow)
     main('train.py', *args)
-    assert all(map(torch.equal, weights[2], weights[3]))
-    assert not all(map(torch.equal, weights[3], weights[4]))
+    assert torch.equal(weights[2], weights[3]) and not torch.equal(weights[3], weights[4])
     log = read_log(tmp_path)
     assert [entry['iter'] for entry in log if 'skipped' in entry] == [2]
     assert [entry['iter'] for entry in log if 'loss' in entry] == [0, 1, 3, 4, 5]
@@ -1494,10 +1481,8 @@ def test_out_of_memory_suggests_a_smaller_batch(data, tmp_path):
 @pytest.mark.parametrize('device', DEVICES)
 def test_sampling(run, tmp_path, device, capsys):
     """stdout holds the texts alone, each up to stop. The same seed gives the same text."""
-    (tmp_path / 'prompt.txt').write_text('KING')
     args = [f'--out_dir={run}', '--num_samples=2', '--max_new_tokens=40', f'--device={device}',
             '--dtype=float32']
-    capsys.readouterr()
     main('sample.py', *args, '--start=KING')
     output = capsys.readouterr()
     assert f'{run / "best.pt"}: step' in output.err and 'tok/s' in output.err
@@ -1507,11 +1492,11 @@ def test_sampling(run, tmp_path, device, capsys):
     stop = texts[0][20]
     stopped = command('sample.py', *args, '--start=-', f'--stop={stop}', input='KING').stdout
     assert stopped.startswith(texts[0][:texts[0].index(stop, 4)] + '\n---')
+    (tmp_path / 'prompt.txt').write_text('KING')
     shell = shlex.join([sys.executable, str(HERE / 'sample.py'), *args, '--max_new_tokens=3000',
                         f'--start=FILE:{tmp_path}/prompt.txt'])
     piped = subprocess.run(f'{shell} | head -c 20', shell=True, capture_output=True, text=True)
-    assert piped.stdout == output.out[:20]
-    assert 'rror' not in piped.stderr and 'Traceback' not in piped.stderr
+    assert piped.stdout == output.out[:20] and 'rror' not in piped.stderr
 
 
 def test_a_conversation(start, run):
@@ -1520,42 +1505,21 @@ def test_a_conversation(start, run):
     process = start('sample.py', *args, stdin=subprocess.PIPE)
     process.stdin.write('To be\n')
     process.stdin.flush()
-    output = ''
-    while 'To be' not in output or len(output) < 500:
-        output += process.stdout.read(1)
+    read_until(process, '> To be')
     process.send_signal(signal.SIGINT)
-    process.stdin.write('5€\n')
-    process.stdin.close()
-    output = process.stdout.read()
-    assert process.wait(60) == 0
+    output = process.communicate('5€\n', timeout=60)[0]
     assert "unknown to the tokenizer: '5' '€'" in output and 'Traceback' not in output
+    assert process.returncode == 0
 
 
-def test_the_layout_adds_up(capsys):
-    """The listed parameters add up to the model's, and the activations are what autograd keeps for
-    the backward pass. GPT-2 XL fits 80 columns."""
-    main('model.py', *'--n_layer=1 --n_head=2 --n_embd=128 --block_size=64 --vocab_size=50 '
-         '--batch_size=4 --dtype=float32'.split())
+def test_the_listed_parameters_add_up(capsys):
+    """The parts sum up to the model. GPT-2 XL fits 80 columns."""
+    main('model.py', '--n_layer=1', '--n_embd=96')
     output = capsys.readouterr().out
-    model, idx = GPT(GPTConfig(64, 50, 1, 2, 128)), torch.randint(50, (4, 64))
-
-    def numbers(pattern):
-        return [float(n.replace(',', '')) for n in re.findall(pattern, output, re.MULTILINE)]
-    listed = numbers(r'\)\s+([\d,]+)\s+[\d.,]+$')
-    assert [sum(listed)] == numbers(r'parameters ([\d,]+)') == [model.num_params()]
-    kept = {}
-
-    def keep(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(idx, idx)
-    for p in model.parameters():
-        kept.pop(p.data_ptr(), None)
-    megabytes = sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / 1e6
-    listed = numbers(r'1 GPU, or ddp  (?: +[\d.]+){3} +([\d.]+)')
-    assert listed == pytest.approx([megabytes], abs=0.06) and megabytes > 0.5
-
+    listed = re.findall(r'\)\s+([\d,]+)\s+[\d.,]+$', output, re.MULTILINE)
+    total = GPT(GPTConfig(n_layer=1, n_embd=96)).num_params()
+    assert sum(int(n.replace(',', '')) for n in listed) == total
+    assert f'parameters {total:,}; ' in output
     main('model.py', '--init_from=gpt2-xl')
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
 
@@ -1597,24 +1561,26 @@ def test_hellaswag_scores_are_those_of_transformers(tmp_path, gpt2_files, capsys
     tok = get_tokenizer(dict(type='gpt2'))
     words = TEXT.split()
     rng = np.random.default_rng(0)
+    lines = ''
     correct = np.zeros(2)
-    lines = []
-    for _ in range(60):
-        lengths = [rng.integers(1, 20), *rng.integers(1, 6, size=4)]
+    for label in rng.integers(4, size=60).tolist():
+        lengths = rng.integers(1, 6, size=5) * [4, 1, 1, 1, 1]
         context, *endings = (' '.join(rng.choice(words, length)) for length in lengths)
-        label = int(rng.integers(4))
-        lines.append(json.dumps(dict(ctx=context, endings=endings, label=label)) + '\n')
+        lines += json.dumps(dict(ctx=context, endings=endings, label=label)) + '\n'
         sums, means = [], []
         for ending in endings:
             ending = tok.encode(f' {ending}').tolist()
-            ids = [*tok.encode(context).tolist(), *ending][-25:]
-            logp = theirs(torch.tensor([ids[:-1]])).logits[0, -len(ending):].log_softmax(-1)
-            sums.append(-logp[range(len(ending)), ending].sum().item())
-            means.append(sums[-1] / len(ending))
+            ids = torch.tensor([*tok.encode(context).tolist(), *ending][-25:])
+            logits = theirs(ids[None, :-1]).logits[0, -len(ending):]
+            loss = torch.nn.functional.cross_entropy(logits, ids[-len(ending):], reduction='sum')
+            sums.append(loss)
+            means.append(loss / len(ending))
         correct += [np.argmin(sums) == label, np.argmin(means) == label]
-    (tmp_path / 'x.jsonl').write_text(''.join(lines))
-    result = benched(capsys, '--task=hellaswag', f'--init_from={tmp_path}', f'--source={tmp_path}/x.jsonl')
-    assert [result['items'], result['acc'], result['acc_norm']] == pytest.approx([60, *correct / 60])
+    (tmp_path / 'x.jsonl').write_text(lines)
+    result = benched(capsys, '--task=hellaswag', f'--init_from={tmp_path}',
+                     f'--source={tmp_path}/x.jsonl')
+    scores = [result['items'], result['acc'], result['acc_norm']]
+    assert scores == pytest.approx([60, *correct / 60])
 
 
 @torch.no_grad()
@@ -1622,20 +1588,22 @@ def test_the_loss_of_a_text_is_that_of_every_token(run, data, capsys, tmp_path):
     """Each token counts once, with the context of the first window that reaches it."""
     gpt = GPT.from_checkpoint(load_checkpoint(str(run)), dropout=0.0).eval()
     (_, val), meta = stored(data)
-    result = benched(capsys, '--task=loss', f'--init_from={run}', f'--source={data}/val.bin')
-    assert result['tokens'] == len(val) - 1
-    val = val[:203]
-    (tmp_path / 'x.txt').write_bytes(get_tokenizer(meta['tokenizer']).decode_bytes(val))
+    score = partial(benched, capsys, '--task=loss', f'--init_from={run}')
+    assert score(f'--source={data}/val.bin')['tokens'] == len(val) - 1
+    ids = val[:203]
+    (tmp_path / 'x.txt').write_bytes(get_tokenizer(meta['tokenizer']).decode_bytes(ids))
     for stride in (1, 5, 16):
-        loss = 0
-        for i in range(1, len(val)):
+        losses = []
+        for i in range(1, len(ids)):
             begin = max(0, math.ceil((i - 16) / stride)) * stride
-            begin = min(begin, len(val) - 1 - 16)  # the last window ends with the text
-            loss -= gpt(torch.tensor([val[begin:i]]))[0][0, -1].log_softmax(-1)[val[i]].item() / 202
-        result = benched(capsys, '--task=loss', f'--init_from={run}', f'--source={tmp_path}/x.txt',
-                         f'--stride={stride}')
-        assert [result[key] for key in ('tokens', 'loss', 'perplexity', 'bits_per_byte')] == pytest.approx(
-            [202, loss, math.exp(loss), loss / math.log(2)], rel=1e-4)  # each character is one byte
+            begin = min(begin, len(ids) - 1 - 16)  # the last window ends with the text
+            logits = gpt(torch.tensor([ids[begin:i]]))[0][0, -1]
+            losses.append(-logits.log_softmax(-1)[ids[i]].item())
+        mean = sum(losses) / 202
+        expected = dict(tokens=202, loss=mean, perplexity=math.exp(mean),
+                        bits_per_byte=mean / math.log(2))  # each character is one byte
+        result = score(f'--source={tmp_path}/x.txt', f'--stride={stride}')
+        assert {key: result[key] for key in expected} == pytest.approx(expected, rel=1e-4)
 
 
 BENCH_SHAPE = ['--n_layer=1', '--n_head=2', '--n_embd=32', '--block_size=16', '--vocab_size=64',
@@ -1648,32 +1616,34 @@ def test_bench_measures(capsys):
     assert result['tokens_per_second'] == pytest.approx(32 / result['step_ms'] * 1000)
     assert result['memory'] > 1e7
     generate = [*BENCH_SHAPE, '--task=generate', '--prompt=4', '--new_tokens=9', '--compile=False']
-    plain = benched(capsys, *generate, '--dtype=float32')
+    plain, rope, int8 = (benched(capsys, *generate, f'--{flag}')
+                         for flag in ('dtype=float32', 'rope=True', 'quantize=int8'))
     assert plain['decode_per_second'] > 0 and plain['first_token_ms'] > 0
-    assert plain['weights'] - benched(capsys, *generate, '--rope=True')['weights'] == 4 * 16 * 32  # wpe
-    matrices = 12 * 32 ** 2
-    head = 64 * 32  # a matrix of its own when it is int8
-    assert plain['weights'] - benched(capsys, *generate, '--quantize=int8')['weights'] == 3 * matrices - head
-    assert benched(capsys, '--task=prepare', '--megabytes=1', '--repeats=1', '--tokenizer=char')['char'] > 0
+    assert plain['weights'] - rope['weights'] == 4 * 16 * 32  # the position embeddings
+    matrices, head = 12 * 32 ** 2, 64 * 32  # int8 needs a head of its own
+    assert plain['weights'] - int8['weights'] == 3 * matrices - head
+    result = benched(capsys, '--task=prepare', '--megabytes=1', '--repeats=1', '--tokenizer=char')
+    assert result['char'] > 0
 
 
 def test_curves(run, capsys, tmp_path):
     """The points are those of log.jsonl, drawn in the terminal or, with matplotlib, as a picture."""
-    entries = [json.loads(line) for line in (run / 'log.jsonl').read_text().splitlines()]
+    log = read_log(run)
     for axis, key in (('steps', 'iter'), ('tokens', 'tokens'), ('seconds', 'seconds')):
         curves = bench.read_run(str(run), axis)
-        assert curves['train'] == [(e[key], e['loss']) for e in entries if 'loss' in e]
-        assert curves['val'] == [(e[key], e['val_loss']) for e in entries if 'val_loss' in e]
-    assert [x for x, _ in bench.read_run(str(run), 'tokens')['val']] == [0, 3 * 128, 6 * 128]
-    result = benched(capsys, '--task=curves', f'--runs=mine={run},{run}')
-    assert result['mine'] == result[str(run)] == min(e['val_loss'] for e in entries if 'val_loss' in e)
-    main('bench.py', '--task=curves', f'--runs={run},{run}', '--axis=seconds')
-    assert max(map(len, capsys.readouterr().out.split('{"task"')[0].splitlines())) <= 80
+        assert curves['train'] == [(e[key], e['loss']) for e in log if 'loss' in e]
+        assert curves['val'] == [(e[key], e['val_loss']) for e in log if 'val_loss' in e]
+    main('bench.py', '--task=curves', f'--runs=mine={run},{run}', '--axis=seconds')
+    *drawing, result = capsys.readouterr().out.splitlines()
+    result = json.loads(result)
+    assert max(map(len, drawing)) <= 80
+    assert result['mine'] == result[str(run)] == read_checkpoint(run)['best_val_loss']
+    plot = partial(main, 'bench.py', '--task=curves', f'--runs={run}', f'--plot={tmp_path}/x.png')
     if importlib.util.find_spec('matplotlib'):
-        main('bench.py', '--task=curves', f'--runs={run}', f'--plot={tmp_path}/x.png')
+        plot()
         assert (tmp_path / 'x.png').read_bytes().startswith(b'\x89PNG')
     else:
-        refuses('pip install matplotlib', main, 'bench.py', '--task=curves', f'--runs={run}', '--plot=x.png')
+        refuses('pip install matplotlib', plot)
     (tmp_path / 'log.jsonl').write_text('{"iter": 0, "val_loss": 2.0}\n')
     refuses("does not say 'seconds': use another axis", bench.read_run, str(tmp_path), 'seconds')
 
@@ -1698,7 +1668,7 @@ class GPT(Ours):
 # Bad input: one clear line, and nothing is lost. And what the README says.
 
 @pytest.fixture(scope='session')
-def bad(tmp_path_factory, run, data):
+def bad(tmp_path_factory, data):
     """A folder of things that are wrong."""
     folder = tmp_path_factory.mktemp('bad')
     (folder / 'file').write_text('')
@@ -1709,44 +1679,36 @@ def bad(tmp_path_factory, run, data):
         prepare.prepare(str(folder / name), str(folder / f'{name}.txt'), 'char')
     shutil.copytree(data, folder / 'truncated')
     os.truncate(folder / 'truncated' / 'train.bin', 1234)
-    (folder / 'cut.pt').write_bytes((run / 'ckpt.pt').read_bytes()[:5000])
     return folder
 
 
 @pytest.mark.parametrize('script, args, message', [
     ('train.py', '--dataset=nothing', 'not prepared.*: run python prepare.py --dataset=nothing'),
     ('train.py', '--dataset={bad}/short', 'too few for a block_size of 16'),
-    ('train.py', '--dataset={bad}/truncated', 'train.bin holds 1,234 bytes but meta.json says 54,000'),
+    ('train.py', '--dataset={bad}/truncated', 'holds 1,234 bytes but meta.json says 54,000'),
     ('train.py', '--min_lr=1', 'min_lr=1.0 exceeds learning_rate=0.01'),
     ('train.py', '--n_head=5', 'n_embd=32 is not divisible by n_head=5'),
-    ('train.py', '--device=cuda:77', "device='cuda:77', but this machine has"),
     ('train.py', '--init_from=resume', 'there is no checkpoint out/ckpt.pt: name the'),
-    ('train.py', '--init_from={bad}/cut.pt', 'cut.pt is damaged'),
-    ('train.py', '--init_from={run}/best.pt --dataset={bad}/other', 'have different tokenizers'),
-    ('train.py', '--init_from=resume --out_dir={run} --optimizer=muon', "'muon', but .* trained with adamw"),
-    ('train.py', '--out_dir={bad}/file', "File exists: .*file"),
+    ('train.py', '--init_from={run} --dataset={bad}/other', 'have different tokenizers'),
+    ('train.py', '--init_from=resume --out_dir={run} --optimizer=muon', 'trained with adamw'),
+    ('prepare.py', '--source={bad}/other.txt', 'has its own source'),
     ('prepare.py', '--dataset={tmp}/x --source={bad}/other.txt --shards=2', 'not come in shards'),
     ('prepare.py', '--dataset={tmp}/x --source={bad}/file', 'is empty'),
-    ('prepare.py', '--source={bad}/other.txt', 'has its own source'),
     ('prepare.py', '--dataset={tmp}/x --source={bad}/latin1.txt --tokenizer=char', 'not UTF-8'),
     ('prepare.py', '--dataset={tmp}/x --source={bad}/bad.jsonl --tokenizer=char', 'line 2: not JSON with'),
-    ('sample.py', '--out_dir={bad}', 'there is no checkpoint'),
-    ('bench.py', '--task=train --vs={tmp}/none --device=cpu', 'no model.py in this folder'),
-    ('bench.py', '--task=curves --runs={tmp}', 'No such file.*log.jsonl'),
-    ('bench.py', '--task=hellaswag --init_from={run} --source={bad}/bad.jsonl', 'line 1: not an item with'),
-    ('bench.py', '--task=loss --init_from={run} --source={data}/val.bin --stride=17', 'use at most 16'),
+    ('bench.py', '--vs={tmp}/none', 'no model.py in this folder'),
+    ('bench.py', '--task=hellaswag --init_from={run} --source={bad}/bad.jsonl', 'line 1: not an item'),
+    ('bench.py', '--task=loss --init_from={run} --source={bad}/other.txt --stride=17', 'use at most 16'),
     ('bench.py', '--task=loss --init_from={run} --source={bad}/file', 'nothing to predict'),
 ])
 def test_bad_input_is_one_line_and_harms_nothing(script, args, message, bad, run, data, tmp_path,
                                                  monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = {p.name: p.read_bytes() for p in run.iterdir()}
-    args = args.format(bad=bad, run=run, tmp=tmp_path, data=data).split()
+    args = args.format(bad=bad, run=run, tmp=tmp_path).split()
     if script == 'train.py':
         args = [*TINY, f'--dataset={data}', *args]
-    with pytest.raises((UserError, OSError), match=message) as error:
-        main(script, *args)
-    assert '\n' not in str(error.value)
+    refuses(message, main, script, *args)
     assert before == {p.name: p.read_bytes() for p in run.iterdir()}
     assert not list(tmp_path.iterdir())
 
