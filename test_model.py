@@ -478,22 +478,21 @@ def test_cached_generation_equals_recomputing(flags, device):
         assert torch.equal(tokens, expected), kwargs
 
 
-@pytest.mark.parametrize('flags', [FLAGS[0], FLAGS[-1]], ids=str)
+@pytest.mark.parametrize('int8', [False, True])
 @torch.no_grad()
-def test_compiled_and_8_bit_generation(flags, monkeypatch):
+def test_compiled_and_8_bit_generation(int8, monkeypatch):
     """The faster linear layers, in 32 or 8 bits, compiled or not, give the tokens that
     recomputing with the same weights gives."""
     monkeypatch.setattr(torch, 'compile', partial(torch.compile, backend='eager'))
     idx = torch.randint(11, (2, 5))
-    for int8 in (False, True):
-        slow_model = tiny(**flags)
-        optimize_for_generation(slow_model, int8)
-        expected = slow_generate(slow_model, idx, 40, temperature=0)
-        for compile in (False, True):
-            model = tiny(**flags)
-            optimize_for_generation(model, int8, compile)
-            tokens = torch.stack(list(model.generate(idx, 40, temperature=0)))
-            assert torch.equal(tokens, expected), (int8, compile)
+    for flags in (FLAGS[0], FLAGS[-1]):
+        plain, compiled = tiny(**flags), tiny(**flags)
+        optimize_for_generation(plain, int8)
+        optimize_for_generation(compiled, int8, compile=True)
+        expected = slow_generate(plain, idx, 40, temperature=0)
+        for fast in (plain, compiled):
+            tokens = torch.stack(list(fast.generate(idx, 40, temperature=0)))
+            assert torch.equal(tokens, expected), flags
 
 
 @pytest.mark.parametrize('dtype', (torch.float32, torch.bfloat16))
@@ -523,17 +522,13 @@ def test_sampling_follows_the_probabilities():
     torch.manual_seed(0)
     p = torch.tensor([0.4, 0.3, 0.2, 0.06, 0.04])
     logits = p.log().expand(20_000, 5)
-
-    def first(n):
-        return p * (torch.arange(5) < n)
     for kwargs, expected in (
-            (dict(), p), (dict(temperature=0.5), p ** 2), (dict(temperature=0), first(1)),
-            (dict(top_k=2), first(2)), (dict(top_k=9), p), (dict(top_k=0), p),
-            (dict(top_p=1), p), (dict(top_p=0.65), first(2)), (dict(top_p=0.71), first(3)),
-            (dict(top_p=1e-9), first(1))):
-        frequencies = torch.bincount(sample_token(logits, **kwargs), minlength=5) / 20_000
-        torch.testing.assert_close(frequencies, expected / expected.sum(), atol=0.015, rtol=0)
-        assert (frequencies[expected == 0] == 0).all(), kwargs
+            (dict(), p), (dict(temperature=0.5), p ** 2), (dict(temperature=0), p[:1]),
+            (dict(top_k=2), p[:2]), (dict(top_k=9), p), (dict(top_k=0), p), (dict(top_p=1), p),
+            (dict(top_p=0.65), p[:2]), (dict(top_p=0.71), p[:3]), (dict(top_p=1e-9), p[:1])):
+        counts = torch.bincount(sample_token(logits, **kwargs))
+        assert len(counts) == len(expected)
+        torch.testing.assert_close(counts / 20_000, expected / expected.sum(), atol=0.015, rtol=0)
 
 
 def test_streamed_text_is_whole_characters_up_to_stop():
@@ -936,26 +931,25 @@ def test_onnx(flags, tmp_path):
 
 
 @pytest.mark.filterwarnings('ignore')
-@pytest.mark.parametrize('kind', ['char', 'bpe'])
-def test_damaged_files_load_or_are_refused(kind, tmp_path):
+def test_damaged_files_load_or_are_refused(tmp_path):
     """Hundreds of damaged weights, config.json and meta.json files. Each one loads or raises
     UserError in one line."""
     folder = str(tmp_path)
     small = tiny(n_layer=1, n_embd=2, n_head=1, block_size=2, vocab_size=4)
     model.to_huggingface(checkpoint_of(small, dict(type='char', chars='abcd')), folder)
     (tmp_path / 'x.txt').write_text('the theory of the other ' * 9)
-    prepare.prepare(folder, f'{folder}/x.txt', kind, vocab_size=270)
+    prepare.prepare(folder, f'{folder}/x.txt', 'bpe', vocab_size=270)
 
     def load():
+        GPT.from_checkpoint(load_checkpoint(folder))
         meta, _ = load_dataset(folder)
         tok = get_tokenizer(meta['tokenizer'])
         tok.decode_bytes(tok.encode('the'))
-        GPT.from_checkpoint(load_checkpoint(folder))
     load()
     rng = np.random.default_rng(0)
     for name in ('model.safetensors', 'config.json', 'meta.json'):
         content, refused = (tmp_path / name).read_bytes(), 0
-        for _ in range(200):
+        for _ in range(300):
             begin = rng.integers(len(content))
             end = begin + rng.integers(9)
             number = str(rng.integers(-9, 10 ** rng.integers(1, 18))).encode()
@@ -966,7 +960,7 @@ def test_damaged_files_load_or_are_refused(kind, tmp_path):
             except UserError as error:
                 assert '\n' not in str(error)
                 refused += 1
-        assert refused > 50, name
+        assert refused > 100, name
         (tmp_path / name).write_bytes(content)
 
 
@@ -1021,36 +1015,36 @@ def test_nanogpt_runs_resume(data, tmp_path, monkeypatch):
     """nanoGPT's data trains as it is. Its checkpoint samples where its characters are found, and
     resumes as the same checkpoint of ours does."""
     monkeypatch.setattr(prepare, 'DATA', str(tmp_path / 'data'))
-    dataset = tmp_path / 'data' / 'letters'
-    near, far, ours = tmp_path / 'out', tmp_path / 'far' / 'away' / 'out', tmp_path / 'ours'
-    for folder in (dataset, near, far, ours):
+    dataset, theirs, ours = tmp_path / 'data' / 'letters', tmp_path / 'theirs', tmp_path / 'ours'
+    for folder in (dataset, theirs, ours):
         folder.mkdir(parents=True)
     bins, meta = stored(data)
-    chars = meta['tokenizer']['chars']
-    np.array(bins[0], np.uint16).tofile(dataset / 'train.bin')
-    np.array(bins[1], np.uint16).tofile(dataset / 'val.bin')
-    (dataset / 'meta.pkl').write_bytes(pickle.dumps(dict(itos=dict(enumerate(chars)))))
+    for split, ids in zip(('train', 'val'), bins, strict=True):
+        np.array(ids, np.uint16).tofile(dataset / f'{split}.bin')
+    itos = dict(enumerate(meta['tokenizer']['chars']))
+    (dataset / 'meta.pkl').write_bytes(pickle.dumps(dict(itos=itos)))
 
-    gpt, idx = tiny(vocab_size=len(chars)), torch.zeros(1, 9, dtype=torch.long)
+    gpt, idx = tiny(vocab_size=len(itos)), torch.zeros(1, 9, dtype=torch.long)
     adamw = gpt.configure_optimizers('adamw', 0.1, 1e-3, (0.9, 0.95))['adamw']
     gpt(idx, idx)[1].backward()
     adamw.step()
     shared = dict(model_args=vars(gpt.config), iter_num=6, config=dict(dataset='letters'))
+    torch.save(shared | checkpoint_of(gpt, meta['tokenizer']) | dict(
+        optimizer=dict(adamw=adamw.state_dict()), scaler={}, best_val_loss=9.0), ours / 'ckpt.pt')
     weights = {f'_orig_mod.{name}': w for name, w in gpt.state_dict().items()}
     weights['_orig_mod.transformer.h.0.attn.bias'] = torch.ones(1, 1, 16, 16).tril()
-    theirs = shared | dict(model=weights, optimizer=adamw.state_dict(), best_val_loss=torch.tensor(9.0))
-    torch.save(theirs, near / 'ckpt.pt')
-    torch.save(theirs, far / 'ckpt.pt')
-    torch.save(shared | dict(model=gpt.state_dict(), optimizer=dict(adamw=adamw.state_dict()), scaler={},
-                             tokenizer=meta['tokenizer'], best_val_loss=9.0), ours / 'ckpt.pt')
+    torch.save(shared | dict(model=weights, optimizer=adamw.state_dict(),
+                             best_val_loss=torch.tensor(9.0)), theirs / 'ckpt.pt')
 
-    sample = partial(main, 'sample.py', '--max_new_tokens=9', '--device=cpu')
-    sample(f'--out_dir={near}')
-    refuses("characters of dataset 'letters', but no matching meta", sample, f'--out_dir={far}')
-    for out, name in ((far, 'letters'), (ours, data)):
+    sample = partial(main, 'sample.py', f'--out_dir={theirs}', '--max_new_tokens=9', '--device=cpu')
+    sample()
+    (dataset / 'meta.pkl').rename(tmp_path / 'meta.pkl')
+    refuses("characters of dataset 'letters', but no matching meta", sample)
+    (tmp_path / 'meta.pkl').rename(dataset / 'meta.pkl')
+    for out, name in ((theirs, 'letters'), (ours, data)):
         main('train.py', *TINY, f'--out_dir={out}', f'--dataset={name}', '--init_from=resume',
              '--max_iters=8')
-    assert_same_run(far, ours)
+    assert_same_run(theirs, ours)
     assert len(list(dataset.iterdir())) == 3  # nothing new
 
 
@@ -1212,22 +1206,19 @@ def test_a_new_run_keeps_the_old_one(run, data, tmp_path):
 
 def test_the_checkpoint_decides_sizes_and_dtype(run, data, tmp_path, monkeypatch, capsys):
     """Resuming ignores the settings of the model's shape. dtype='auto' follows the real width.
-    Finetuning crops to a smaller block_size, and keeps the checkpoint's below a larger one."""
+    Finetuning crops to a smaller block_size."""
     monkeypatch.setattr(torch.cpu, '_is_avx512_bf16_supported', lambda: True)
     shutil.copytree(run, tmp_path / 'resumed')
     args = [arg for arg in TINY if arg not in SHAPE]  # the defaults are those of GPT-2
-    args += [f'--dataset={data}', '--max_iters=6']
+    args.append(f'--dataset={data}')
     main('train.py', *args, f'--out_dir={tmp_path / "resumed"}', '--init_from=resume')
     output = capsys.readouterr().out
     for line in ('sets n_embd=32\n', 'sets block_size=16\n', '27,296 parameters on cpu in float32'):
         assert line in output
-    for block_size, expected in ((8, 8), (64, 16)):
-        out = tmp_path / str(block_size)
-        main('train.py', *args, f'--init_from={run}', f'--out_dir={out}', '--max_iters=0',
-             f'--block_size={block_size}')
-        checkpoint = read_checkpoint(out)
-        assert checkpoint['model_args']['block_size'] == expected
-        assert checkpoint['config']['block_size'] == expected
+    main('train.py', *args, f'--out_dir={tmp_path}', f'--init_from={run}', '--block_size=8',
+         '--max_iters=0')
+    checkpoint = read_checkpoint(tmp_path)
+    assert checkpoint['model_args']['block_size'] == checkpoint['config']['block_size'] == 8
 
 
 @pytest.mark.parametrize('optimizer, stop', [('adamw', signal.SIGINT), ('muon', signal.SIGKILL)])
@@ -1463,15 +1454,14 @@ def test_steps_without_a_finite_gradient_are_skipped(data, tmp_path, monkeypatch
 
 @linux_only
 def test_out_of_memory_suggests_a_smaller_batch(data, tmp_path):
+    """In one line, which keeps the global batch."""
     import resource
-    args = [*TINY, f'--dataset={data}', f'--out_dir={tmp_path}', '--n_embd=512',
-            '--batch_size=36000']
     limit = partial(resource.setrlimit, resource.RLIMIT_AS, (4 << 30, 4 << 30))
-    refused = command('train.py', *args, preexec_fn=limit)
-    assert refused.returncode == 2 and refused.stderr.count('\n') == 1, refused.stderr
-    assert refused.stderr.startswith('error: out of memory')
-    advice = '--batch_size=18000 --gradient_accumulation_steps=4, which is the same global batch'
-    assert advice in refused.stderr
+    refused = command('train.py', *TINY, f'--dataset={data}', f'--out_dir={tmp_path}',
+                      '--n_embd=512', '--batch_size=36000', preexec_fn=limit)
+    assert refused.returncode == 2
+    assert re.fullmatch('error: out of memory .*: use --batch_size=18000 '
+                        '--gradient_accumulation_steps=4, .*\n', refused.stderr), refused.stderr
 
 
 # -----------------------------------------------------------------------------
@@ -1629,21 +1619,18 @@ def test_bench_measures(capsys):
 def test_curves(run, capsys, tmp_path):
     """The points are those of log.jsonl, drawn in the terminal or, with matplotlib, as a picture."""
     log = read_log(run)
-    for axis, key in (('steps', 'iter'), ('tokens', 'tokens'), ('seconds', 'seconds')):
+    for axis, key in (('steps', 'iter'), ('tokens', 'tokens')):
         curves = bench.read_run(str(run), axis)
         assert curves['train'] == [(e[key], e['loss']) for e in log if 'loss' in e]
         assert curves['val'] == [(e[key], e['val_loss']) for e in log if 'val_loss' in e]
     main('bench.py', '--task=curves', f'--runs=mine={run},{run}', '--axis=seconds')
     *drawing, result = capsys.readouterr().out.splitlines()
     result = json.loads(result)
-    assert max(map(len, drawing)) <= 80
     assert result['mine'] == result[str(run)] == read_checkpoint(run)['best_val_loss']
-    plot = partial(main, 'bench.py', '--task=curves', f'--runs={run}', f'--plot={tmp_path}/x.png')
+    assert max(map(len, drawing)) <= 80
     if importlib.util.find_spec('matplotlib'):
-        plot()
+        main('bench.py', '--task=curves', f'--runs={run}', f'--plot={tmp_path}/x.png')
         assert (tmp_path / 'x.png').read_bytes().startswith(b'\x89PNG')
-    else:
-        refuses('pip install matplotlib', plot)
     (tmp_path / 'log.jsonl').write_text('{"iter": 0, "val_loss": 2.0}\n')
     refuses("does not say 'seconds': use another axis", bench.read_run, str(tmp_path), 'seconds')
 
@@ -1672,11 +1659,10 @@ def bad(tmp_path_factory, data):
     """A folder of things that are wrong."""
     folder = tmp_path_factory.mktemp('bad')
     (folder / 'file').write_text('')
-    (folder / 'latin1.txt').write_bytes('é'.encode('latin1') * 9)
+    (folder / 'latin1.txt').write_bytes(b'\xe9' * 9)
     (folder / 'bad.jsonl').write_text('{"text": "fine"}\n{"content": "x"}\n')
-    for name, text in (('other', 'abcdefgh' * 100), ('short', 'too short')):
-        (folder / f'{name}.txt').write_text(text)
-        prepare.prepare(str(folder / name), str(folder / f'{name}.txt'), 'char')
+    (folder / 'other.txt').write_text('abcdefgh' * 100)
+    prepare.prepare(str(folder / 'other'), str(folder / 'other.txt'), 'char')
     shutil.copytree(data, folder / 'truncated')
     os.truncate(folder / 'truncated' / 'train.bin', 1234)
     return folder
@@ -1684,7 +1670,7 @@ def bad(tmp_path_factory, data):
 
 @pytest.mark.parametrize('script, args, message', [
     ('train.py', '--dataset=nothing', 'not prepared.*: run python prepare.py --dataset=nothing'),
-    ('train.py', '--dataset={bad}/short', 'too few for a block_size of 16'),
+    ('train.py', '--dataset={bad}/other --block_size=80', 'too few for a block_size of 80'),
     ('train.py', '--dataset={bad}/truncated', 'holds 1,234 bytes but meta.json says 54,000'),
     ('train.py', '--min_lr=1', 'min_lr=1.0 exceeds learning_rate=0.01'),
     ('train.py', '--n_head=5', 'n_embd=32 is not divisible by n_head=5'),
