@@ -1250,18 +1250,15 @@ def test_a_stopped_run_resumes_exactly(optimizer, stop, start, data, tmp_path):
 def test_save_interval_counts_from_the_last_save(data, tmp_path, monkeypatch):
     """Evaluations that save nothing do not delay it."""
     minutes, saved = [0], []
-    clip, save = torch.nn.utils.clip_grad_norm_, model.save_checkpoint
+    clip = torch.nn.utils.clip_grad_norm_
 
     def clip_for_a_minute(*args):
         minutes[0] += 1
         return clip(*args)
-
-    def record_save(checkpoint, path):
-        saved.append((os.path.basename(path), checkpoint['iter_num']))
-        save(checkpoint, path)
     monkeypatch.setattr(time, 'time', lambda: 60.0 * minutes[0])
     monkeypatch.setattr(torch.nn.utils, 'clip_grad_norm_', clip_for_a_minute)
-    monkeypatch.setattr(model, 'save_checkpoint', record_save)
+    monkeypatch.setattr(model, 'save_checkpoint', lambda checkpoint, path: saved.append(
+        (os.path.basename(path), checkpoint['iter_num'])))
     main('train.py', *TINY, f'--dataset={data}', f'--out_dir={tmp_path}', '--max_iters=10',
          '--eval_interval=1', '--learning_rate=0', '--min_lr=0',  # the loss never improves
          '--always_save_checkpoint=False', '--save_interval=2.5')
@@ -1550,23 +1547,21 @@ def benched(capsys, *args):
 def test_hellaswag_scores_are_those_of_transformers(tmp_path, gpt2_files, capsys):
     """An ending's loss follows its context, which loses its beginning where both exceed the window."""
     theirs = hugging_face(tmp_path, vocab_size=50257, n_positions=24)
-    tok = get_tokenizer(dict(type='gpt2'))
-    words = TEXT.split()
+    encode = get_tokenizer(dict(type='gpt2')).encode
     rng = np.random.default_rng(0)
     lines = ''
     correct = np.zeros(2)
     for label in rng.integers(4, size=60).tolist():
         lengths = rng.integers(1, 6, size=5) * [4, 1, 1, 1, 1]
-        context, *endings = (' '.join(rng.choice(words, length)) for length in lengths)
+        context, *endings = (' '.join(rng.choice(TEXT.split(), length)) for length in lengths)
         lines += json.dumps(dict(ctx=context, endings=endings, label=label)) + '\n'
         sums, means = [], []
         for ending in endings:
-            ending = tok.encode(f' {ending}').tolist()
-            ids = torch.tensor([*tok.encode(context).tolist(), *ending][-25:])
-            logits = theirs(ids[None, :-1]).logits[0, -len(ending):]
-            loss = torch.nn.functional.cross_entropy(logits, ids[-len(ending):], reduction='sum')
-            sums.append(loss)
-            means.append(loss / len(ending))
+            targets = torch.tensor(encode(f' {ending}').tolist())
+            ids = torch.tensor([*encode(context).tolist(), *targets])[-25:]
+            logits = theirs(ids[None, :-1]).logits[0, -len(targets):]
+            sums.append(torch.nn.functional.cross_entropy(logits, targets, reduction='sum'))
+            means.append(torch.nn.functional.cross_entropy(logits, targets))
         correct += [np.argmin(sums) == label, np.argmin(means) == label]
     (tmp_path / 'x.jsonl').write_text(lines)
     result = benched(capsys, '--task=hellaswag', f'--init_from={tmp_path}',
