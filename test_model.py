@@ -480,22 +480,21 @@ def test_cached_generation_equals_recomputing(flags, device):
         assert torch.equal(tokens, expected), kwargs
 
 
-@pytest.mark.parametrize('flags', [FLAGS[0], FLAGS[-1]], ids=str)
+@pytest.mark.parametrize('int8', [False, True])
 @torch.no_grad()
-def test_compiled_and_8_bit_generation(flags, monkeypatch):
+def test_compiled_and_8_bit_generation(int8, monkeypatch):
     """The faster linear layers, in 32 or 8 bits, compiled or not, give the tokens that
     recomputing with the same weights gives."""
     monkeypatch.setattr(torch, 'compile', partial(torch.compile, backend='eager'))
     idx = torch.randint(11, (2, 5))
-    for int8 in (False, True):
-        slow_model = tiny(**flags)
-        optimize_for_generation(slow_model, int8)
-        expected = slow_generate(slow_model, idx, 40, temperature=0)
-        for compile in (False, True):
-            model = tiny(**flags)
-            optimize_for_generation(model, int8, compile)
-            tokens = torch.stack(list(model.generate(idx, 40, temperature=0)))
-            assert torch.equal(tokens, expected), (int8, compile)
+    for flags in (FLAGS[0], FLAGS[-1]):
+        plain, compiled = tiny(**flags), tiny(**flags)
+        optimize_for_generation(plain, int8)
+        optimize_for_generation(compiled, int8, compile=True)
+        expected = slow_generate(plain, idx, 40, temperature=0)
+        for fast in (plain, compiled):
+            tokens = torch.stack(list(fast.generate(idx, 40, temperature=0)))
+            assert torch.equal(tokens, expected), flags
 
 
 @pytest.mark.parametrize('dtype', (torch.float32, torch.bfloat16))
@@ -525,17 +524,13 @@ def test_sampling_follows_the_probabilities():
     torch.manual_seed(0)
     p = torch.tensor([0.4, 0.3, 0.2, 0.06, 0.04])
     logits = p.log().expand(20_000, 5)
-
-    def first(n):
-        return p * (torch.arange(5) < n)
     for kwargs, expected in (
-            (dict(), p), (dict(temperature=0.5), p ** 2), (dict(temperature=0), first(1)),
-            (dict(top_k=2), first(2)), (dict(top_k=9), p), (dict(top_k=0), p),
-            (dict(top_p=1), p), (dict(top_p=0.65), first(2)), (dict(top_p=0.71), first(3)),
-            (dict(top_p=1e-9), first(1))):
-        frequencies = torch.bincount(sample_token(logits, **kwargs), minlength=5) / 20_000
-        torch.testing.assert_close(frequencies, expected / expected.sum(), atol=0.015, rtol=0)
-        assert (frequencies[expected == 0] == 0).all(), kwargs
+            (dict(), p), (dict(temperature=0.5), p ** 2), (dict(temperature=0), p[:1]),
+            (dict(top_k=2), p[:2]), (dict(top_k=9), p), (dict(top_k=0), p), (dict(top_p=1), p),
+            (dict(top_p=0.65), p[:2]), (dict(top_p=0.71), p[:3]), (dict(top_p=1e-9), p[:1])):
+        counts = torch.bincount(sample_token(logits, **kwargs))
+        assert len(counts) == len(expected)
+        torch.testing.assert_close(counts / 20_000, expected / expected.sum(), atol=0.015, rtol=0)
 
 
 def test_streamed_text_is_whole_characters_up_to_stop():
@@ -558,37 +553,25 @@ def test_streamed_text_is_whole_characters_up_to_stop():
 @pytest.fixture(scope='session')
 def bpe_spec():
     import regex
-    nepali = 'नेपाली भाषा राम्रो छ'
-    words = Counter(regex.findall(SPLIT, f'{TEXT}{nepali} 中文 🙂'))
+    words = Counter(regex.findall(SPLIT, TEXT + ''.join(ODD_TEXTS)))
     return dict(type='bpe', split=SPLIT, merges=[list(pair) for pair in train_bpe(words, 400)])
 
 
 def test_text_survives_encoding_and_decoding(bpe_spec, gpt2_files):
-    """Random Unicode, with lone surrogates and runs of spaces, decodes to itself, as a whole and token
-    by token. A char tokenizer refuses unknown characters. <|endoftext|> is one token in a prompt and
-    ordinary text in data."""
+    """Any Unicode, lone surrogates included, decodes to itself, as a whole and token by token.
+    <|endoftext|> is one token in a prompt and ordinary text in data."""
     rng = np.random.default_rng(0)
-    refused = 0
-    specs = dict(type='char', chars='\n abcé中'), bpe_spec, dict(type='gpt2')
-    toks = [get_tokenizer(json.loads(json.dumps(spec))) for spec in specs]
-    for tok in toks[1:]:
+    alphabet = [*range(128), *[32] * 50, *range(0xdc80, 0xdc90), *rng.integers(0x110000, size=200)]
+    texts = ODD_TEXTS + [''.join(map(chr, rng.choice(alphabet, 20))) for _ in range(500)]
+    for spec in (bpe_spec, dict(type='gpt2')):
+        tok = get_tokenizer(spec)
+        for text in texts:
+            ids = tok.encode(text).tolist()
+            assert max(ids, default=0) < tok.n_vocab
+            assert tok.decode_bytes(ids) == text.encode('utf-8', 'replace')
+            assert b''.join(tok.decode_bytes([i]) for i in ids) == tok.decode_bytes(ids)
         assert tok.encode('<|endoftext|>', special=True).tolist() == [tok.eot]
-        assert len(tok.encode('<|endoftext|>')) > 1
-    ranges = [range(32, 127), range(0x110000), [32, 10, 9, 13, 0xa0], range(0xdc80, 0xdd00), range(97, 100)]
-    for number in range(3000):
-        picked = [ranges[i] for i in rng.integers(5, size=rng.integers(1, 30))]
-        text = ''.join(chr(characters[rng.integers(len(characters))]) for characters in picked)
-        tok = toks[number % 3]
-        try:
-            ids = tok.encode(text, special=True)
-        except UserError as error:
-            assert tok is toks[0] and 'unknown to the tokenizer' in str(error)
-            refused += 1
-            continue
-        assert ids.max() < tok.n_vocab
-        assert tok.decode_bytes(ids) == text.encode('utf-8', 'replace')
-        assert b''.join(tok.decode_bytes([i]) for i in ids) == tok.decode_bytes(ids)
-    assert refused > 500
+        assert tok.eot not in tok.encode('<|endoftext|>')
 
 
 def test_bpe_training_is_the_textbook_algorithm():
@@ -619,23 +602,22 @@ def test_endless_words_are_cut():
 
 @pytest.mark.parametrize('kind', ['bpe', 'gpt2'])
 def test_text_read_in_pieces_has_the_same_ids(kind, bpe_spec, gpt2_files, monkeypatch, tmp_path):
-    """A long text is cut into pieces where this does not change its ids, whether it has newlines or not."""
+    """A long text is cut where this does not change its ids, whether it has newlines or not."""
     tok = get_tokenizer(bpe_spec if kind == 'bpe' else dict(type='gpt2'))
+
     def pieces(text):
         (tmp_path / 'x.txt').write_text(text, encoding='utf-8')
-        pieces = [piece for piece, _ in prepare.read([str(tmp_path / 'x.txt')], 'test')]
-        assert ''.join(pieces) == text
-        return pieces
+        return [piece for piece, _ in prepare.read([str(tmp_path / 'x.txt')], 'test')]
+    monkeypatch.setattr(prepare, 'CHUNK', 97)
+    english = TEXT[:20_000]
     odd = ''.join(ODD_TEXTS).replace('\r\n', '\n').replace('\ufeff', '') * 3
-    english, chinese = TEXT[:20_000], '中文，没有空格。' * 500
-    one_line = english.replace('\n', ' ')
-    for text in (english, one_line, odd + english[:2000] + odd, chinese, '3,141\n592,\n' * 500):
-        for chunk in (97, 1013):
-            monkeypatch.setattr(prepare, 'CHUNK', chunk)
-            ids = [tok.encode(piece) for piece in pieces(text)]
-            assert np.concatenate(ids).tolist() == tok.encode(text).tolist() and len(ids) > 2
-    monkeypatch.setattr(prepare, 'LONGEST', 5000)  # one endless word: memory stays bounded
-    assert max(map(len, pieces('ACGT' * 10_000))) < 5000 + 2 * 1013
+    for text in (english, english.replace('\n', ' '), odd + english + odd,
+                 '中文，没有空格。' * 500, '3,141\n592,\n' * 500):
+        ids = [tok.encode(piece) for piece in pieces(text)]
+        assert len(ids) > 2 and np.concatenate(ids).tolist() == tok.encode(text).tolist()
+    monkeypatch.setattr(prepare, 'LONGEST', 500)  # one endless word: memory stays bounded
+    parts = pieces('ACGT' * 1000)
+    assert ''.join(parts) == 'ACGT' * 1000 and max(map(len, parts)) < 500 + 2 * 97
 
 
 def stored(folder):
@@ -645,32 +627,27 @@ def stored(folder):
 
 
 def test_all_kinds_of_sources_give_the_same_bins(tmp_path, monkeypatch):
-    """A folder, .jsonl and .jsonl.gz of the same documents: <|endoftext|> between documents, whole ones
-    for validation. Hidden files and what prepare.py wrote are not text."""
-    docs = [f'document {i}, नेपाली 🙂 {"x" * (i % 7)}\n' for i in range(40)]
-    files = {f'{"sub/" if i >= 20 else ""}{i:02}.txt': doc for i, doc in enumerate(docs)}
-    for name, text in (files | {'.hidden': 'not', '.git/config': 'this'}).items():
-        (tmp_path / 'texts' / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / 'texts' / name).write_text(text, encoding='utf-8')
-    lines = '\n'.join(json.dumps({'text': doc, 'id': 1}) + '\n' for doc in docs).encode()
+    """A folder, .jsonl and .jsonl.gz of the same documents: <|endoftext|> between documents,
+    whole ones for validation. Hidden files and what prepare.py wrote are not text."""
+    docs = [f'document {i}, नेपाली 🙂\n' for i in range(33)]
+    files = {f'texts/{i // 20}/{i:02}.txt': doc for i, doc in enumerate(docs)}
+    for name, text in (files | {'texts/.hidden': 'not', 'texts/.git/config': 'this'}).items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text, encoding='utf-8')
+    lines = '\n'.join(json.dumps({'text': doc}) + '\n' for doc in docs).encode()
     (tmp_path / 'a.jsonl').write_bytes(lines)
     (tmp_path / 'a.jsonl.gz').write_bytes(gzip.compress(lines))
-    results = []
-    for folder, source in (('texts', 'texts'), ('texts', 'texts/'), ('set', 'a.jsonl'),
-                           ('set', 'a.jsonl.gz')):
-        prepare.prepare(str(tmp_path / folder), f'{tmp_path}/{source}', 'bpe', vocab_size=300)
-        bins, meta = stored(tmp_path / folder)
-        train, val = (get_tokenizer(meta['tokenizer']).decode_bytes(ids).decode() for ids in bins)
-        assert train + val == '<|endoftext|>'.join(docs)
-        assert 0.05 < len(val) / len(train + val) < 0.15
-        assert val == '<|endoftext|>'.join(docs[-len(val.split('<|endoftext|>')):])
-        results.append(bins)
-    assert results == [results[0]] * 4
+    folder = tmp_path / 'texts'
+    for source in ('texts', 'texts/', 'a.jsonl', 'a.jsonl.gz'):
+        prepare.prepare(str(folder), f'{tmp_path}/{source}', 'bpe', vocab_size=300)
+        (train, val), meta = stored(folder)
+        tok = get_tokenizer(meta['tokenizer'])
+        assert tok.decode_bytes(train + val).decode() == '<|endoftext|>'.join(docs)
+        assert tok.decode_bytes(val).decode() == '<|endoftext|>'.join(docs[30:])
+        assert (train + val).count(tok.eot) == 32
     for name, value in dict(source=f'{tmp_path}/a.jsonl', rank=0, world_size=1).items():
         monkeypatch.setattr(bench, name, value, raising=False)
-    assert bench.read_ids(get_tokenizer(meta['tokenizer']), None).tolist() == sum(bins, [])
-    prepare.prepare(str(tmp_path / 'more'), str(tmp_path / 'a.jsonl'), str(tmp_path / 'set' / 'meta.json'))
-    assert stored(tmp_path / 'more')[1]['tokenizer'] == meta['tokenizer']  # the same tokens, to finetune
+    assert bench.read_ids(tok, None).tolist() == train + val
 
 
 def test_a_tokenizer_outlives_its_dataset(run, data, tmp_path, monkeypatch, capsys):
@@ -690,22 +667,24 @@ def test_a_tokenizer_outlives_its_dataset(run, data, tmp_path, monkeypatch, caps
 
 
 def test_bins_and_windows_hold_the_text(tmp_path, data):
-    """The bins hold the text, as uint8 up to 256 characters and uint16 beyond. Targets are the next
-    tokens."""
+    """The bins hold the text, as uint8 up to 256 characters and uint16 beyond. Targets are the
+    next tokens."""
     (train, val), meta = stored(data)
     assert get_tokenizer(meta['tokenizer']).decode_bytes(train + val).decode() == TEXT
     assert len(val) == round(0.1 * len(TEXT))
     x, y = load_windows(data / 'train.bin', meta['dtype'], np.array([0, 100]), 8, 'cpu')
-    assert x.tolist() == [train[0:8], train[100:108]] and y.tolist() == [train[1:9], train[101:109]]
+    assert x.tolist() == [train[0:8], train[100:108]]
+    assert y.tolist() == [train[1:9], train[101:109]]
+    many, text = str(tmp_path / 'many'), tmp_path / 'many.txt'
     for n, dtype in ((256, 'uint8'), (257, 'uint16')):
-        (tmp_path / 'many.txt').write_text(''.join(chr(0x4e00 + i) for i in range(n)) * 3, encoding='utf-8')
-        prepare.prepare(str(tmp_path / 'many'), str(tmp_path / 'many.txt'), 'char')
+        text.write_text(''.join(chr(0x4e00 + i) for i in range(n)), encoding='utf-8')
+        prepare.prepare(many, str(text), 'char')
         (train, val), meta = stored(tmp_path / 'many')
-        assert meta['dtype'] == dtype and train + val == list(range(n)) * 3
-        assert load_dataset(str(tmp_path / 'many'))[0] == meta
-        for wrong in (dict(vocab_size=n + 1), dict(dtype='int8'), dict(train_tokens=-1)):
-            (tmp_path / 'many' / 'meta.json').write_text(json.dumps(meta | wrong))
-            refuses('meta.json is damaged', load_dataset, str(tmp_path / 'many'))
+        assert meta['dtype'] == dtype and train + val == list(range(n))
+        assert load_dataset(many)[0] == meta
+    for wrong in (dict(vocab_size=258), dict(dtype='int8'), dict(train_tokens=-1)):
+        (tmp_path / 'many' / 'meta.json').write_text(json.dumps(meta | wrong))
+        refuses('meta.json is damaged', load_dataset, many)
 
 
 class Server(http.server.BaseHTTPRequestHandler):
@@ -861,58 +840,61 @@ def hugging_face(folder, dtype='float32', shard_size='5GB', **changes):
 @pytest.mark.parametrize('device', DEVICES)
 @pytest.mark.parametrize('dtype, shard_size, changes', [
     ('float32', '60KB', {}),
-    ('float16', '5GB', {}),
-    ('bfloat16', '5GB', dict(n_layer=1, n_head=1)),
-    ('float32', '5GB', dict(n_embd=128, n_head=2, activation_function='gelu_pytorch_tanh',
-                            n_inner=512))], ids=str)
+    ('float16', '5GB', dict(n_head=1)),
+    ('bfloat16', '5GB', dict(activation_function='gelu_pytorch_tanh', n_inner=192))], ids=str)
 def test_gpt2_is_gpt2(tmp_path, dtype, shard_size, changes, device):
     """Weights that transformers saved, in one file or several: the same logits as transformers,
     and the same greedy continuation."""
     theirs = hugging_face(tmp_path, dtype, shard_size, **changes)
-    file = tmp_path / 'model.safetensors'
-    if dtype == 'float16':  # as OpenAI's were converted: shorter names, and masks
-        from safetensors.torch import load_file, save_file
-        weights = {name.removeprefix('transformer.'): w for name, w in load_file(file).items()}
-        masks = {'h.0.attn.bias': torch.ones(1, 1, 32, 32).tril().byte(),
-                 'h.0.attn.masked_bias': torch.tensor(-1e4)}
-        save_file(weights | masks, file, {'format': 'pt'})
     ours = GPT.from_pretrained(str(tmp_path)).to(device).eval()
     idx = torch.randint(1, 97, (2, 32))
     logits = ours(idx.to(device))[0].cpu()
     torch.testing.assert_close(logits, theirs(idx).logits, rtol=1e-4, atol=1e-4)
-    prompt = idx[:, :9]
-    expected = theirs.generate(prompt, max_new_tokens=20, do_sample=False, eos_token_id=None)
-    tokens = torch.stack(list(ours.generate(prompt.to(device), 20, temperature=0)), 1).cpu()
+    expected = theirs.generate(idx[:, :9], max_new_tokens=20, do_sample=False, eos_token_id=None)
+    tokens = torch.stack(list(ours.generate(idx[:, :9].to(device), 20, temperature=0)), 1).cpu()
     assert torch.equal(tokens, expected[:, 9:])
-    (tmp_path / 'config.json').unlink()
-    if ours.config.n_embd == 128:  # heads of 64: the shapes say all
-        assert torch.equal(GPT.from_pretrained(str(file)).eval()(idx)[0], ours.cpu()(idx)[0])
-    elif file.exists():
-        refuses('n_embd=48 is not a multiple of 64', GPT.from_pretrained, str(file))
+
+
+def test_a_file_like_openais_needs_no_config(tmp_path):
+    """The names are shorter, there are masks, and heads have size 64."""
+    from safetensors.torch import load_file, save_file
+    theirs = hugging_face(tmp_path, n_embd=128, n_head=2)
+    weights = load_file(tmp_path / 'model.safetensors')
+    weights = {name.removeprefix('transformer.'): w for name, w in weights.items()}
+    weights['h.0.attn.bias'] = torch.ones(1, 1, 32, 32).tril().byte()
+    (tmp_path / 'alone').mkdir()
+    file = tmp_path / 'alone' / 'x.safetensors'
+    save_file(weights, file)
+    idx = torch.randint(97, (2, 32))
+    logits = GPT.from_pretrained(str(file)).eval()(idx)[0]
+    torch.testing.assert_close(logits, theirs(idx).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_what_is_not_gpt2_is_refused(tmp_path):
     """Neither other architectures nor other tokenizers are taken for GPT-2's."""
     from safetensors.torch import load_file, save_file
-    hugging_face(tmp_path, vocab_size=50257, n_layer=1)
+    hugging_face(tmp_path)
     config, file = tmp_path / 'config.json', tmp_path / 'model.safetensors'
-    load = partial(load_checkpoint, str(tmp_path))
+    load = partial(GPT.from_pretrained, str(tmp_path))
+    refuses("not GPT-2's", main, 'sample.py', f'--init_from={tmp_path}', '--device=cpu')
     for word, kind in (('gazed', 'gpt2'), ('mundo', 'unknown')):
         (tmp_path / 'vocab.json').write_text(f'{{"o": 0, "\u0120{word}": 50255}}')
-        assert load()['tokenizer']['type'] == kind
-    refuses("not GPT-2's", main, 'sample.py', f'--init_from={tmp_path}', '--device=cpu')
+        assert model.tokenizer_of(tmp_path, 50257)['type'] == kind
     text, weights = config.read_text(), load_file(file)
     for name, value in (('activation_function', 'relu'), ('n_layer', 2),
                         ('scale_attn_by_inverse_layer_idx', True)):
         config.write_text(json.dumps(json.loads(text) | {name: value}))
         refuses(f'says {name}={value!r}, but', load)
+    config.unlink()
+    refuses('n_embd=48 is not a multiple of 64', load)
     config.write_text(text)
     for name, tensor, message in (
-            ('lm_head.weight', torch.ones(50257, 48), 'lm_head.weight differs from wte.weight'),
+            ('lm_head.weight', torch.ones(97, 48), 'lm_head.weight differs from wte.weight'),
             ('transformer.wpe.weight', torch.ones(9, 9).byte(), 'must be F32, F16 or BF16'),
+            ('transformer.wpe.weight', torch.ones(9), 'is not a GPT-2'),
             ('transformer.h.0.extra', torch.ones(1), 'Unexpected key')):
-        save_file(weights | {name: tensor}, file, {'format': 'pt'})
-        refuses(message, GPT.from_pretrained, str(tmp_path))
+        save_file(weights | {name: tensor}, file)
+        refuses(message, load)
 
 
 def test_openai_weights_are_downloaded_once(server, tmp_path, monkeypatch):
@@ -942,11 +924,10 @@ def test_transformers_loads_what_we_export(kind, bpe_spec, gpt2_files, tmp_path)
     """transformers computes the same logits, without the padding, and the same ids. Loading the
     export gives back every bit."""
     transformers = pytest.importorskip('transformers')
-    specs = dict(char=dict(type='char', chars='abcdefgh'), bpe=bpe_spec, gpt2=dict(type='gpt2'))
-    spec = specs[kind]
+    spec = bpe_spec if kind == 'bpe' else dict(type=kind, chars='abcdefgh')
     tok = get_tokenizer(spec)
     padded = math.ceil(tok.n_vocab / 64) * 64
-    ours = tiny(vocab_size=padded, bias=kind == 'gpt2', dropout=0.1)
+    ours = tiny(vocab_size=padded, bias=kind == 'gpt2')
     model.to_huggingface(checkpoint_of(ours, spec), str(tmp_path))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     idx = torch.randint(tok.n_vocab, (2, 16))
@@ -955,23 +936,17 @@ def test_transformers_loads_what_we_export(kind, bpe_spec, gpt2_files, tmp_path)
     assert theirs.config.n_ctx == 16  # which llama.cpp's converter reads
     assert theirs.config.eos_token_id == theirs.generation_config.eos_token_id == tok.eot
 
-    tokenizers = []
-    if kind != 'char':
-        tokenizers.append(transformers.AutoTokenizer.from_pretrained(tmp_path))
-    if kind == 'gpt2':
-        tokenizers.append(transformers.GPT2Tokenizer(str(gpt2_files / 'encoder.json'),
-                                                     str(gpt2_files / 'vocab.bpe')))
-    for tokenizer in tokenizers:
-        for text in ODD_TEXTS:
-            ids = tok.encode(text, special=True).tolist()
-            assert tokenizer.encode(text) == ids
-            assert tokenizer.decode(ids) == text
-
     loaded, before = load_checkpoint(str(tmp_path)), ours.state_dict()
     assert loaded['tokenizer'] == spec and loaded['model_args']['vocab_size'] == tok.n_vocab
     for name, w in loaded['model'].items():  # missing biases are exported as zeros
         expected = before.get(name, torch.zeros(len(w)))[:len(w)]
         assert torch.equal(w, expected), name
+    if kind != 'char':
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+        for text in ODD_TEXTS:
+            ids = tokenizer.encode(text)
+            assert ids == tok.encode(text, special=True).tolist()
+            assert tokenizer.decode(ids) == text
 
 
 def test_a_new_flag_is_neither_ignored_nor_exported_as_gpt2(monkeypatch, tmp_path):
@@ -1001,66 +976,47 @@ def test_onnx(flags, tmp_path):
         torch.testing.assert_close(torch.from_numpy(logits), ours(idx)[0], rtol=1e-4, atol=1e-4)
 
 
-def mutations(data, seed, count):
-    """Copies of data with a few bytes changed, cut out, put in or repeated."""
-    rng = np.random.default_rng(seed)
-    for _ in range(count):
-        changed = bytearray(data)
-        for _ in range(rng.integers(1, 4)):
-            at, n = rng.integers(len(changed)), int(rng.integers(1, 9))
-            number = str(rng.integers(-9, 10 ** rng.integers(1, 18))).encode()
-            inserts = [b'', rng.bytes(n), rng.bytes(n), number, changed[at:at + n]]
-            changed[at:at + n * rng.integers(2)] = inserts[n % 5]
-        yield bytes(changed if rng.integers(8) else changed[:rng.integers(len(changed))])
-
-
 @pytest.mark.filterwarnings('ignore')
-def test_damaged_files_load_or_are_refused(data, bpe_spec, tmp_path):
-    """Thousands of damaged weights, checkpoints, pickles and meta.json files. Each one loads or raises
-    UserError in one line, and takes little memory."""
-    resource = pytest.importorskip('resource')
-    def load_model(path):
-        return GPT.from_checkpoint(load_checkpoint(str(path)))
-    def load_data(path):
-        tok = get_tokenizer(load_dataset(str(path.parent))[0]['tokenizer'])
-        return tok.decode_bytes(tok.encode('the')) and tok.decode_bytes([0])
-    def load_pickle(path):
-        return prepare.nanogpt_tokenizer(str(path.parent))
-    names = ('model.safetensors', 'a.pt', 'old.pt', 'meta.pkl')
-    tensors, zipped, old, plain = (tmp_path / name for name in names)
-    hugging_face(tmp_path, n_layer=1, n_embd=64, n_head=1, vocab_size=3, n_positions=2)
-    (tmp_path / 'config.json').unlink()
+def test_damaged_files_load_or_are_refused(tmp_path):
+    """Hundreds of damaged weights, tokenizers, checkpoints and pickles. Each one loads or raises
+    UserError in one line."""
+    folder = str(tmp_path)
     small = tiny(n_layer=1, n_embd=2, n_head=1, block_size=2, vocab_size=4)
-    checkpoint = checkpoint_of(small, dict(type='gpt2')) | dict(config={}, iter_num=1, best_val_loss=1.0)
-    torch.save(checkpoint, zipped)
-    torch.save(checkpoint, old, _use_new_zipfile_serialization=False)
-    itos = {0: 'a', 1: 'b', 2: 'c'}
-    plain.write_bytes(pickle.dumps(dict(vocab_size=3, itos=itos, stoi=dict(a=0, b=1, c=2))))
-    char = json.loads((data / 'meta.json').read_text()) | dict(train_tokens=50, val_tokens=50)
-    bpe = char | dict(tokenizer=bpe_spec, vocab_size=657, dtype='uint16')
-    for name, meta, size in (('char', char, 50), ('bpe', bpe, 100)):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / 'meta.json').write_text(json.dumps(meta))
-        for split in ('train', 'val'):
-            (tmp_path / name / f'{split}.bin').write_bytes(bytes(size))
-    damages = {tensors: (load_model, 2000), zipped: (load_model, 1500), old: (load_model, 800),
-               plain: (load_pickle, 2000), tmp_path / 'char' / 'meta.json': (load_data, 800),
-               tmp_path / 'bpe' / 'meta.json': (load_data, 400)}
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for path, (load, count) in damages.items():
-        content, refused = path.read_bytes(), 0
-        header = 8 + int.from_bytes(content[:8], 'little') if path == tensors else len(content)
-        assert load(path)
-        for changed in mutations(content[:header], count, count):
-            path.write_bytes(changed + content[header:])
+    model.to_huggingface(checkpoint_of(small, dict(type='char', chars='abcd')), folder)
+    (tmp_path / 'x.txt').write_text('the theory of the other ' * 9)
+    prepare.prepare(folder, f'{folder}/x.txt', 'bpe', vocab_size=270)
+    for name, zipped in (('new.pt', True), ('old.pt', False)):
+        torch.save(checkpoint_of(small, dict(type='gpt2')) | dict(config={}, iter_num=1, best_val_loss=1.0),
+                   tmp_path / name, _use_new_zipfile_serialization=zipped)
+    (tmp_path / 'meta.pkl').write_bytes(pickle.dumps(dict(itos={0: 'a', 1: 'b'}, stoi=dict(a=0, b=1))))
+
+    def load():
+        if name.endswith('.pt'):
+            return GPT.from_checkpoint(load_checkpoint(f'{folder}/{name}'))
+        if name == 'meta.pkl':
+            return prepare.nanogpt_tokenizer(folder)
+        checkpoint = load_checkpoint(folder)
+        GPT.from_checkpoint(checkpoint)
+        tok = get_tokenizer(checkpoint['tokenizer'])
+        tok.decode_bytes(tok.encode('the'))
+        load_dataset(folder)
+    rng = np.random.default_rng(0)
+    for name in ('model.safetensors', 'config.json', 'meta.json', 'new.pt', 'old.pt', 'meta.pkl'):
+        load()
+        content, refused = (tmp_path / name).read_bytes(), 0
+        for _ in range(150):
+            begin = rng.integers(len(content))
+            end = begin + rng.integers(9)
+            number = str(rng.integers(-9, 10 ** rng.integers(1, 18))).encode()
+            inserted = [b'', rng.bytes(3), number, content[begin:end]][rng.integers(4)]
+            (tmp_path / name).write_bytes(content[:begin] + inserted + content[end:])
             try:
-                assert load(path)
+                load()
             except UserError as error:
                 assert '\n' not in str(error)
                 refused += 1
-        assert refused > 0.4 * count, path
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    assert grown * (1 if sys.platform == 'darwin' else 1024) < 500e6
+        assert refused > 50, name
+        (tmp_path / name).write_bytes(content)
 
 
 def test_weights_have_to_fit_the_model():
@@ -1108,12 +1064,11 @@ def test_files_with_code_in_them_are_refused(tmp_path):
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / 'executed'),)
     for zipped in (True, False):
-        torch.save(dict(model=Evil(), config={}), tmp_path / 'ckpt.pt', _use_new_zipfile_serialization=zipped)
+        torch.save(Evil(), tmp_path / 'ckpt.pt', _use_new_zipfile_serialization=zipped)
         refuses('is damaged or not a checkpoint', load_checkpoint, str(tmp_path))
     memo = b'\x80\x04Nr\xff\xff\xff\x7f.'  # None, with the memo index 2,147,483,647
     deep = b'\x80\x04}' + b'(' * 1000 + b't' * 1000 + b'Ns.'
-    for content in (pickle.dumps(dict(itos=Evil())), memo, deep, pickle.dumps(dict(itos=['ab', ''])),
-                    pickle.dumps(dict(itos=['a' * 1000] * 1000))):
+    for content in (pickle.dumps(Evil()), memo, deep, pickle.dumps(dict(itos=['ab', '']))):
         (tmp_path / 'meta.pkl').write_bytes(content)
         refuses('meta.pkl is damaged or not', prepare.nanogpt_tokenizer, str(tmp_path))
     assert not (tmp_path / 'executed').exists()
@@ -1121,58 +1076,56 @@ def test_files_with_code_in_them_are_refused(tmp_path):
 
 def test_a_safetensors_header_accounts_for_every_byte(tmp_path):
     """Other headers are refused before a tensor is read."""
-    def read(header, size=8):
-        path, text = tmp_path / 'x.safetensors', json.dumps(header).encode()
+    def read(*entries, size=8):
+        header = {str(i): dict(dtype=dtype, shape=shape, data_offsets=offsets)
+                  for i, (dtype, shape, offsets) in enumerate(entries)}
+        text = json.dumps(header).encode()
+        path = tmp_path / 'x.safetensors'
         path.write_bytes(len(text).to_bytes(8, 'little') + text + bytes(size))
         return [name for name, _ in model.read_safetensors(str(path))]
-    a = dict(dtype='F32', shape=[1], data_offsets=[0, 4])
-    b = dict(dtype='F32', shape=[1], data_offsets=[4, 8])
-    assert read(dict(b=b, a=a, __metadata__=dict(format='pt'))) == ['a', 'b']
-    refuses('bytes on disk, .* in the header', read, dict(a=a, b=b), 9)
-    for wrong in (dict(a=a, b=a), dict(a=a), dict(b=b), dict(a=a | dict(shape=[2]), b=b),
-                  dict(a=a, b=b | dict(dtype='F64')), dict(a=a | dict(shape=[-1, -1]), b=b),
-                  dict(a=a | dict(shape=[2 ** 62, 4, 2 ** 62]), b=b)):
-        refuses('is damaged or not a safetensors file', read, wrong)
+    first, second = ('F32', [1], [0, 4]), ('F32', [1], [4, 8])
+    assert read(second, first) == ['1', '0']
+    refuses('bytes on disk, .* in the header', read, first, second, size=9)
+    for wrong in (('F32', [2], [0, 8]), ('F32', [2], [4, 8]), ('F64', [1], [4, 8]),
+                  ('F32', [-1, -1], [4, 8]), ('F32', [2 ** 62, 4, 2 ** 62], [4, 8])):
+        refuses('is damaged or not a safetensors file', read, first, wrong)
 
 
-def test_nanogpt_runs_resume(run, data, tmp_path, monkeypatch):
+def test_nanogpt_runs_resume(data, tmp_path, monkeypatch):
     """nanoGPT's data trains as it is. Its checkpoint samples where its characters are found, and
-    resumes with the losses of a checkpoint of ours."""
-    dataset = tmp_path / 'data' / 'shakespeare_char'
-    near, far, ours = tmp_path / 'out', tmp_path / 'far' / 'away' / 'out', tmp_path / 'ours'
+    resumes as the same checkpoint of ours does."""
     monkeypatch.setattr(prepare, 'DATA', str(tmp_path / 'data'))
+    dataset, theirs, ours = tmp_path / 'data' / 'letters', tmp_path / 'theirs', tmp_path / 'ours'
+    for folder in (dataset, theirs, ours):
+        folder.mkdir(parents=True)
     bins, meta = stored(data)
-    chars = meta['tokenizer']['chars']
-    dataset.mkdir(parents=True)
     for split, ids in zip(('train', 'val'), bins, strict=True):
         np.array(ids, np.uint16).tofile(dataset / f'{split}.bin')
-    itos = dict(enumerate(chars))
-    (dataset / 'meta.pkl').write_bytes(pickle.dumps(dict(itos=itos, vocab_size=len(chars))))
+    itos = dict(enumerate(meta['tokenizer']['chars']))
+    (dataset / 'meta.pkl').write_bytes(pickle.dumps(dict(itos=itos)))
 
-    def unpad(w):
-        return w[:len(chars)] if w.dim() == 2 and len(w) == 64 else w
-    checkpoint = read_checkpoint(run)
-    weights = {f'_orig_mod.{name}': unpad(w) for name, w in checkpoint['model'].items()}
+    gpt, idx = tiny(vocab_size=len(itos)), torch.zeros(1, 9, dtype=torch.long)
+    adamw = gpt.configure_optimizers('adamw', 0.1, 1e-3, (0.9, 0.95))['adamw']
+    gpt(idx, idx)[1].backward()
+    adamw.step()
+    shared = dict(model_args=vars(gpt.config), iter_num=6, config=dict(dataset='letters'))
+    torch.save(shared | checkpoint_of(gpt, meta['tokenizer']) | dict(
+        optimizer=dict(adamw=adamw.state_dict()), scaler={}, best_val_loss=9.0), ours / 'ckpt.pt')
+    weights = {f'_orig_mod.{name}': w for name, w in gpt.state_dict().items()}
     weights['_orig_mod.transformer.h.0.attn.bias'] = torch.ones(1, 1, 16, 16).tril()
-    adamw = torch.utils._pytree.tree_map_only(torch.Tensor, unpad, checkpoint['optimizer']['adamw'])
-    for out in (near, far):
-        out.mkdir(parents=True)
-        torch.save(dict(model=weights, optimizer=adamw, iter_num=6,
-                        model_args=checkpoint['model_args'] | dict(vocab_size=len(chars)),
-                        config=dict(dataset=dataset.name), best_val_loss=torch.tensor(2.0)),
-                   out / 'ckpt.pt')
-    sample = partial(main, 'sample.py', '--max_new_tokens=9', '--device=cpu')
-    sample(f'--out_dir={near}')
-    refuses("characters of dataset 'shakespeare_char', but no matching meta", sample, f'--out_dir={far}')
-    shutil.copytree(run, ours)
-    for out, name in ((far, dataset.name), (ours, data)):
+    torch.save(shared | dict(model=weights, optimizer=adamw.state_dict(),
+                             best_val_loss=torch.tensor(9.0)), theirs / 'ckpt.pt')
+
+    sample = partial(main, 'sample.py', f'--out_dir={theirs}', '--max_new_tokens=9', '--device=cpu')
+    sample()
+    (dataset / 'meta.pkl').rename(tmp_path / 'meta.pkl')
+    refuses("characters of dataset 'letters', but no matching meta", sample)
+    (tmp_path / 'meta.pkl').rename(dataset / 'meta.pkl')
+    for out, name in ((theirs, 'letters'), (ours, data)):
         main('train.py', *TINY, f'--out_dir={out}', f'--dataset={name}', '--init_from=resume',
              '--max_iters=8')
-    resumed, expected = read_checkpoint(far), read_checkpoint(ours)
-    assert resumed['tokenizer'] == expected['tokenizer'] and resumed['iter_num'] == 8
-    for name, w in resumed['model'].items():
-        torch.testing.assert_close(w, expected['model'][name][:len(w)], rtol=1e-3, atol=1e-4)
-    assert {p.name for p in dataset.iterdir()} == {'train.bin', 'val.bin', 'meta.pkl'}
+    assert_same_run(theirs, ours)
+    assert len(list(dataset.iterdir())) == 3  # nothing new
 
 
 def test_nanogpt_settings_are_known():
@@ -1189,21 +1142,19 @@ def test_nanogpt_settings_are_known():
 # Batches, schedules and settings.
 
 
-@pytest.mark.parametrize('n, size', [(1000, 16), (17, 16), (33, 16), (64, 16)])
-def test_an_epoch_reads_every_window_once(n, size):
+def test_an_epoch_reads_every_window_once():
     """No window comes twice in an epoch or leaves the data. Every epoch has its own order and
     offset. The sequence is the same however steps, ranks and resumes divide it."""
-    per_epoch = max(1, n // size - 1)
-    parts = [window_starts(n, size, 7, first, 10) for first in range(0, 20 * per_epoch, 10)]
-    epochs = np.concatenate(parts).reshape(20, per_epoch)
-    for starts in epochs:
-        assert len(set(starts)) == per_epoch and set(np.diff(np.sort(starts))) <= {size}
-        assert starts.min() >= 0 and starts.max() + size + 1 <= n
-    other_seed = window_starts(n, size, 8, 0, 20 * per_epoch).reshape(20, per_epoch)
-    if n > 17:  # which has one window
-        assert len(set(epochs.min(axis=1))) > 1 and not np.array_equal(epochs, other_seed)
-    if n == 1000:
-        assert len({tuple(np.argsort(starts)) for starts in epochs}) == 20
+    for n in (17, 33, 64, 1000):
+        per_epoch = max(1, n // 16 - 1)
+        parts = [window_starts(n, 16, 7, first, 10) for first in range(0, 20 * per_epoch, 10)]
+        epochs = np.concatenate(parts).reshape(20, per_epoch)
+        for starts in epochs:
+            assert len(set(starts)) == per_epoch and set(np.diff(np.sort(starts))) <= {16}
+            assert starts.min() >= 0 and starts.max() + 17 <= n
+    assert len({tuple(np.argsort(starts)) for starts in epochs}) == 20
+    assert len(set(epochs.min(axis=1))) > 1
+    assert not np.array_equal(window_starts(n, 16, 8, 0, epochs.size), epochs.flat)
 
 
 def test_learning_rate():
@@ -1225,9 +1176,8 @@ def configured(*argv):
 
 
 @pytest.mark.parametrize('arg, value', [
-    ('--iters=1e3', 1000), ('--iters=-0', 0), ('--rate=1', 1.0), ('--flag=0', False),
-    ('--name=42', '42'), ('--name=a=b', 'a=b'), ('--name=', ''), ('--compile=False', False),
-    ('--compile=auto', 'auto')])
+    ('--iters=1e3', 1000), ('--rate=1', 1.0), ('--flag=0', False), ('--name=42', '42'),
+    ('--name=a=b', 'a=b'), ('--name=', ''), ('--compile=False', False), ('--compile=auto', 'auto')])
 def test_values_take_the_type_of_their_default(arg, value):
     name = arg[2:].partition('=')[0]
     setting = configured(arg)[name]
@@ -1236,12 +1186,10 @@ def test_values_take_the_type_of_their_default(arg, value):
 
 @pytest.mark.parametrize('arg, message', [
     ('--itters=3', 'did you mean iters'), ('--qqqq', '--help lists them'),
-    ('--=', 'unknown setting'), ('--__file__=x', 'unknown setting'), ('--flag=maybe', 'takes True or False'),
-    ('--iters=1.5', 'takes a whole number'), ('--iters=nan', 'takes a whole number'),
-    ('--iters=1e999', 'takes a whole number'), ('--iters=0x10', 'takes a whole number'),
-    ('--rate=1j', 'takes a number'), ('--rate=\n', 'takes a number'), ('--rate=', 'takes a number'),
-    ('--iters', 'write --iters=VALUE, without spaces'), ('iters=3', 'write --iters=3'),
-    ('-iters=3', 'unknown setting'), ('none.py', "'none.py' is not an override"),
+    ('--__file__=x', 'unknown setting'), ('--flag=maybe', 'takes True or False'),
+    ('--iters=1.5', 'takes a whole number'), ('--iters=1e999', 'takes a whole number'),
+    ('--rate=\n', 'takes a number'), ('--iters', 'write --iters=VALUE, without spaces'),
+    ('iters=3', 'write --iters=3'), ('none.py', "'none.py' is not an override"),
     ('README.md', 'is not an override file')])
 def test_bad_arguments_are_refused(arg, message):
     refuses(message, configured, arg)
@@ -1269,35 +1217,30 @@ def test_override_files(tmp_path):
         refuses(f'{re.escape(str(file))}.*{message}', configured, str(file))
 
 
-@pytest.mark.parametrize(
-    'script', ('train.py', 'model.py', 'sample.py', 'prepare.py', 'bench.py'))
-def test_help_shows_every_setting(script, capsys):
+def test_help_shows_every_setting(capsys):
     """--help lists the settings as they stand in the source: headings, defaults, comments. It fits
     80 columns."""
-    capsys.readouterr()
-    main(script, '--help')
-    output = capsys.readouterr().out
-    assert max(map(len, output.splitlines())) <= 80
-    if script == 'train.py':
-        source = (HERE / script).read_text()
-        names = re.findall(r'^  --(\w+)=', output, re.MULTILINE)
-        assert names == re.findall(r'^([a-z]\w*) = ', source, re.MULTILINE)
-        assert re.search(r'\n\n# data\n  --dataset=.* folder in data/', output)
-        assert re.search(r'--eval_interval=2000 +steps between evaluations', output)
+    for script in ('model.py', 'sample.py', 'prepare.py', 'bench.py', 'train.py'):
+        main(script, '--help')
+        output = capsys.readouterr().out
+        assert max(map(len, output.splitlines())) <= 80
+    names = re.findall(r'^  --(\w+)=', output, re.MULTILINE)
+    source = (HERE / 'train.py').read_text()
+    assert names == re.findall(r'^([a-z]\w*) = ', source, re.MULTILINE)
+    assert re.search(r'\n\n# data\n  --dataset=.* folder in data/', output)
+    assert re.search(r'--eval_interval=2000 +steps between evaluations', output)
 
 
 def test_device_and_dtype_are_honored_or_refused(monkeypatch):
     """'auto' always works. It takes bfloat16 for wide models on CPUs that have it."""
     assert resolve_device('auto').split(':')[0] in DEVICES
-    assert resolve_dtype('bfloat16', 'cpu') == 'bfloat16'
     for has_bf16, width, dtype in ((True, 256, 'bfloat16'), (True, 255, 'float32'),
                                    (False, 256, 'float32')):
         monkeypatch.setattr(torch.cpu, '_is_avx512_bf16_supported', partial(bool, has_bf16))
         assert resolve_dtype('auto', 'cpu', width) == dtype
-    for device in ('tpu', 'cuda:99'):
-        refuses('but this machine has', resolve_device, device)
-    for dtype in ('float64', 'float16'):
-        refuses(f"dtype='{dtype}'", resolve_dtype, dtype, 'cpu')
+    refuses('but this machine has', resolve_device, 'cuda:99')
+    refuses("dtype='float64'", resolve_dtype, 'float64', 'cpu')
+    refuses("dtype='float16'", resolve_dtype, 'float16', 'cpu')
 
 
 # -----------------------------------------------------------------------------
@@ -1328,15 +1271,14 @@ def test_auto_starts_and_then_resumes(data, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     args = [*TINY, f'--dataset={data}', '--out_dir=o u t', '--init_from=auto']
     main('train.py', *args, '--max_iters=3')
-    output = capsys.readouterr().out
-    assert 'resuming' not in output and "sample.py '--out_dir=o u t'" in output
+    assert "sample.py '--out_dir=o u t'" in capsys.readouterr().out
     main('train.py', *args, '--sample_interval=6')
     output = capsys.readouterr().out
     assert 'resuming o u t/ckpt.pt at step 3' in output and '\n| ' in output
     log = read_log(tmp_path / 'o u t')
     assert [entry['iter'] for entry in log] == [0, 0, 1, 2, 3, 3, 4, 5, 6]
     seconds = [entry['seconds'] for entry in log]
-    assert seconds == sorted(seconds) and seconds[0] < seconds[-1]
+    assert seconds == sorted(seconds)
     for entry in log:  # a step's tokens include its own batch
         steps = entry['iter'] + ('loss' in entry)
         assert entry['tokens'] == steps * 2 * 4 * 16
@@ -1354,22 +1296,19 @@ def test_a_new_run_keeps_the_old_one(run, data, tmp_path):
 
 def test_the_checkpoint_decides_sizes_and_dtype(run, data, tmp_path, monkeypatch, capsys):
     """Resuming ignores the settings of the model's shape. dtype='auto' follows the real width.
-    Finetuning crops to a smaller block_size, and keeps the checkpoint's below a larger one."""
+    Finetuning crops to a smaller block_size."""
     monkeypatch.setattr(torch.cpu, '_is_avx512_bf16_supported', lambda: True)
     shutil.copytree(run, tmp_path / 'resumed')
     args = [arg for arg in TINY if arg not in SHAPE]  # the defaults are those of GPT-2
-    args += [f'--dataset={data}', '--max_iters=6']
+    args.append(f'--dataset={data}')
     main('train.py', *args, f'--out_dir={tmp_path / "resumed"}', '--init_from=resume')
     output = capsys.readouterr().out
     for line in ('sets n_embd=32\n', 'sets block_size=16\n', '27,296 parameters on cpu in float32'):
         assert line in output
-    for block_size, expected in ((8, 8), (64, 16)):
-        out = tmp_path / str(block_size)
-        main('train.py', *args, f'--init_from={run}', f'--out_dir={out}', '--max_iters=0',
-             f'--block_size={block_size}')
-        checkpoint = read_checkpoint(out)
-        assert checkpoint['model_args']['block_size'] == expected
-        assert checkpoint['config']['block_size'] == expected
+    main('train.py', *args, f'--out_dir={tmp_path}', f'--init_from={run}', '--block_size=8',
+         '--max_iters=0')
+    checkpoint = read_checkpoint(tmp_path)
+    assert checkpoint['model_args']['block_size'] == checkpoint['config']['block_size'] == 8
 
 
 @pytest.mark.parametrize('optimizer, stop', [('adamw', signal.SIGINT), ('muon', signal.SIGKILL)])
@@ -1399,24 +1338,20 @@ def test_a_stopped_run_resumes_exactly(optimizer, stop, start, data, tmp_path):
 
 def test_save_interval_counts_from_the_last_save(data, tmp_path, monkeypatch):
     """Evaluations that save nothing do not delay it."""
-    minutes, saved = [0.0], []
-    save, clip = torch.save, torch.nn.utils.clip_grad_norm_
+    minutes, saved = [0], []
+    clip = torch.nn.utils.clip_grad_norm_
 
     def clip_for_a_minute(*args):
         minutes[0] += 1
         return clip(*args)
-
-    def record_save(checkpoint, file):
-        if 'optimizer' in checkpoint:
-            saved.append(checkpoint['iter_num'])
-        save(checkpoint, file)
-    monkeypatch.setattr(time, 'time', lambda: 60 * minutes[0])
+    monkeypatch.setattr(time, 'time', lambda: 60.0 * minutes[0])
     monkeypatch.setattr(torch.nn.utils, 'clip_grad_norm_', clip_for_a_minute)
-    monkeypatch.setattr(torch, 'save', record_save)
+    monkeypatch.setattr(model, 'save_checkpoint', lambda checkpoint, path: saved.append(
+        (os.path.basename(path), checkpoint['iter_num'])))
     main('train.py', *TINY, f'--dataset={data}', f'--out_dir={tmp_path}', '--max_iters=10',
          '--eval_interval=1', '--learning_rate=0', '--min_lr=0',  # the loss never improves
          '--always_save_checkpoint=False', '--save_interval=2.5')
-    assert saved == [0, 3, 6, 9, 10]
+    assert saved == [('best.pt', 0)] + [('ckpt.pt', step) for step in (0, 3, 6, 9, 10)]
 
 
 def test_resume_uses_new_settings_and_never_saves_a_broken_model(run, data, tmp_path):
@@ -1438,27 +1373,29 @@ def test_resume_uses_new_settings_and_never_saves_a_broken_model(run, data, tmp_
     assert read_checkpoint(out)['iter_num'] == 9
 
 
-def test_compiled_and_in_bfloat16(data, tmp_path, monkeypatch, capfd):
-    """A compiled model is saved in float32 under its own names. Where compiling fails, 'auto'
-    warns and goes on, and True is an error that says how to go on."""
-    args = [*TINY, f'--dataset={data}', f'--out_dir={tmp_path}', '--dtype=bfloat16']
-    compile = torch.compile
-    monkeypatch.setattr(torch, 'compile', partial(compile, backend='eager'))
-    main('train.py', *args, '--compile=True', '--max_iters=2')
+def test_a_compiled_model_is_saved_under_its_own_names(data, tmp_path, monkeypatch):
+    """In float32, though it computes in bfloat16."""
+    monkeypatch.setattr(torch, 'compile', partial(torch.compile, backend='eager'))
+    main('train.py', *TINY, f'--dataset={data}', f'--out_dir={tmp_path}', '--dtype=bfloat16',
+         '--compile=True', '--max_iters=2')
     weights = read_checkpoint(tmp_path)['model']
     assert weights.keys() == tiny(bias=False).state_dict().keys()
     assert weights['lm_head.weight'].dtype == torch.float32
 
-    monkeypatch.setattr(torch, 'compile', partial(compile, backend=lambda *args: 1 / 0))
+
+def test_where_compiling_fails_training_goes_on_or_says_how(data, monkeypatch, capfd):
+    """'auto' goes on without it. True is an error of one line."""
+    monkeypatch.setattr(torch, 'compile', partial(torch.compile, backend=lambda *args: 1 / 0))
     monkeypatch.setattr(torch._dynamo.config, 'suppress_errors', False)
     torch._dynamo.reset()
+    evaluate = [*TINY, f'--dataset={data}', '--eval_only=True']
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed) as error:
-        main('train.py', *args, '--compile=True')
+        main('train.py', *evaluate, '--compile=True')
     with pytest.raises(SystemExit):
         sys.excepthook(type(error.value), error.value, None)
     assert re.search('torch.compile failed .* or pass --compile=False', capfd.readouterr().err)
     torch._dynamo.reset()
-    main('train.py', *args, '--max_iters=1e9', '--eval_only=True')  # long enough to compile
+    main('train.py', *evaluate, '--max_iters=1e9')  # long enough to compile
     assert 'val loss' in capfd.readouterr().out
     torch._dynamo.reset()
 
@@ -1650,15 +1587,14 @@ def test_a_full_disk_stops_nothing(start, data, tmp_path):
 
 def test_a_flipped_bit_is_noticed(run, tmp_path):
     """A flipped bit changes no weight: the file is refused, and other checkpoints are named."""
-    content = (run / 'ckpt.pt').read_bytes()
-    weights = read_checkpoint(run)['model']
-    shutil.copytree(run, tmp_path / 'out')
-    path = tmp_path / 'out' / 'ckpt.pt'
+    content = (run / 'best.pt').read_bytes()
+    weights = read_checkpoint(run, 'best.pt')['model']
+    (tmp_path / 'best.pt').write_bytes(b'')
+    path = tmp_path / 'ckpt.pt'
     # no checksum covers the bit that makes the last tensor's entry a folder
     folder_bit = 8 * (content.rindex(b'archive/data/') - 8) + 4
-    bits = np.random.default_rng(0).integers(8 * len(content), size=100)
     refused = 0
-    for bit in (folder_bit, *bits):
+    for bit in (folder_bit, *np.random.default_rng(0).integers(8 * len(content), size=100)):
         flipped = bytearray(content)
         flipped[bit // 8] ^= 1 << bit % 8
         path.write_bytes(flipped)
@@ -1678,15 +1614,14 @@ def test_steps_without_a_finite_gradient_are_skipped(data, tmp_path, monkeypatch
     weights, overflows = [], [2]  # weights before each step; steps whose gradient overflows
 
     def clip_with_overflow(parameters, max_norm):
-        parameters = list(parameters)
+        first, *others = parameters
         if len(weights) in overflows:
-            parameters[0].grad[0] = math.inf
-        weights.append([p.detach().clone() for p in parameters])
-        return clip(parameters, max_norm)
+            first.grad[0] = math.inf
+        weights.append(first.detach().clone())
+        return clip([first, *others], max_norm)
     monkeypatch.setattr(torch.nn.utils, 'clip_grad_norm_', clip_with_overflow)
     main('train.py', *args)
-    assert all(map(torch.equal, weights[2], weights[3]))
-    assert not all(map(torch.equal, weights[3], weights[4]))
+    assert torch.equal(weights[2], weights[3]) and not torch.equal(weights[3], weights[4])
     log = read_log(tmp_path)
     assert [entry['iter'] for entry in log if 'skipped' in entry] == [2]
     assert [entry['iter'] for entry in log if 'loss' in entry] == [0, 1, 3, 4, 5]
@@ -1699,15 +1634,14 @@ def test_steps_without_a_finite_gradient_are_skipped(data, tmp_path, monkeypatch
 
 @linux_only
 def test_out_of_memory_suggests_a_smaller_batch(data, tmp_path):
+    """In one line, which keeps the global batch."""
     import resource
-    args = [*TINY, f'--dataset={data}', f'--out_dir={tmp_path}', '--n_embd=512',
-            '--batch_size=36000']
     limit = partial(resource.setrlimit, resource.RLIMIT_AS, (4 << 30, 4 << 30))
-    refused = command('train.py', *args, preexec_fn=limit)
-    assert refused.returncode == 2 and refused.stderr.count('\n') == 1, refused.stderr
-    assert refused.stderr.startswith('error: out of memory')
-    advice = '--batch_size=18000 --gradient_accumulation_steps=4, which is the same global batch'
-    assert advice in refused.stderr
+    refused = command('train.py', *TINY, f'--dataset={data}', f'--out_dir={tmp_path}',
+                      '--n_embd=512', '--batch_size=36000', preexec_fn=limit)
+    assert refused.returncode == 2
+    assert re.fullmatch('error: out of memory .*: use --batch_size=18000 '
+                        '--gradient_accumulation_steps=4, .*\n', refused.stderr), refused.stderr
 
 
 # -----------------------------------------------------------------------------
@@ -1717,10 +1651,8 @@ def test_out_of_memory_suggests_a_smaller_batch(data, tmp_path):
 @pytest.mark.parametrize('device', DEVICES)
 def test_sampling(run, tmp_path, device, capsys):
     """stdout holds the texts alone, each up to stop. The same seed gives the same text."""
-    (tmp_path / 'prompt.txt').write_text('KING')
     args = [f'--out_dir={run}', '--num_samples=2', '--max_new_tokens=40', f'--device={device}',
             '--dtype=float32']
-    capsys.readouterr()
     main('sample.py', *args, '--start=KING')
     output = capsys.readouterr()
     assert f'{run / "best.pt"}: step' in output.err and 'tok/s' in output.err
@@ -1730,11 +1662,11 @@ def test_sampling(run, tmp_path, device, capsys):
     stop = texts[0][20]
     stopped = command('sample.py', *args, '--start=-', f'--stop={stop}', input='KING').stdout
     assert stopped.startswith(texts[0][:texts[0].index(stop, 4)] + '\n---')
+    (tmp_path / 'prompt.txt').write_text('KING')
     shell = shlex.join([sys.executable, str(HERE / 'sample.py'), *args, '--max_new_tokens=3000',
                         f'--start=FILE:{tmp_path}/prompt.txt'])
     piped = subprocess.run(f'{shell} | head -c 20', shell=True, capture_output=True, text=True)
-    assert piped.stdout == output.out[:20]
-    assert 'rror' not in piped.stderr and 'Traceback' not in piped.stderr
+    assert piped.stdout == output.out[:20] and 'rror' not in piped.stderr
 
 
 def test_a_conversation(start, run):
@@ -1743,42 +1675,21 @@ def test_a_conversation(start, run):
     process = start('sample.py', *args, stdin=subprocess.PIPE)
     process.stdin.write('To be\n')
     process.stdin.flush()
-    output = ''
-    while 'To be' not in output or len(output) < 500:
-        output += process.stdout.read(1)
+    read_until(process, '> To be')
     process.send_signal(signal.SIGINT)
-    process.stdin.write('5€\n')
-    process.stdin.close()
-    output = process.stdout.read()
-    assert process.wait(60) == 0
+    output = process.communicate('5€\n', timeout=60)[0]
     assert "unknown to the tokenizer: '5' '€'" in output and 'Traceback' not in output
+    assert process.returncode == 0
 
 
-def test_the_layout_adds_up(capsys):
-    """The listed parameters add up to the model's, and the activations are what autograd keeps for
-    the backward pass. GPT-2 XL fits 80 columns."""
-    main('model.py', *'--n_layer=1 --n_head=2 --n_embd=128 --block_size=64 --vocab_size=50 '
-         '--batch_size=4 --dtype=float32'.split())
+def test_the_listed_parameters_add_up(capsys):
+    """The parts sum up to the model. GPT-2 XL fits 80 columns."""
+    main('model.py', '--n_layer=1', '--n_embd=96')
     output = capsys.readouterr().out
-    model, idx = GPT(GPTConfig(64, 50, 1, 2, 128)), torch.randint(50, (4, 64))
-
-    def numbers(pattern):
-        return [float(n.replace(',', '')) for n in re.findall(pattern, output, re.MULTILINE)]
-    listed = numbers(r'\)\s+([\d,]+)\s+[\d.,]+$')
-    assert [sum(listed)] == numbers(r'parameters ([\d,]+)') == [model.num_params()]
-    kept = {}
-
-    def keep(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(idx, idx)
-    for p in model.parameters():
-        kept.pop(p.data_ptr(), None)
-    megabytes = sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / 1e6
-    listed = numbers(r'1 GPU, or ddp  (?: +[\d.]+){3} +([\d.]+)')
-    assert listed == pytest.approx([megabytes], abs=0.06) and megabytes > 0.5
-
+    listed = re.findall(r'\)\s+([\d,]+)\s+[\d.,]+$', output, re.MULTILINE)
+    total = GPT(GPTConfig(n_layer=1, n_embd=96)).num_params()
+    assert sum(int(n.replace(',', '')) for n in listed) == total
+    assert f'parameters {total:,}; ' in output
     main('model.py', '--init_from=gpt2-xl')
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
 
@@ -1821,27 +1732,27 @@ def benched(capsys, *args):
 def test_hellaswag_scores_are_those_of_transformers(tmp_path, gpt2_files, capsys):
     """An ending's loss follows its context, which loses its beginning where both exceed the window."""
     theirs = hugging_face(tmp_path, vocab_size=50257, n_positions=24)
-    tok = get_tokenizer(dict(type='gpt2'))
-    words = TEXT.split()
+    encode = get_tokenizer(dict(type='gpt2')).encode
     rng = np.random.default_rng(0)
+    lines = ''
     correct = np.zeros(2)
-    lines = []
-    for _ in range(60):
-        lengths = [rng.integers(1, 20), *rng.integers(1, 6, size=4)]
-        context, *endings = (' '.join(rng.choice(words, length)) for length in lengths)
-        label = int(rng.integers(4))
-        lines.append(json.dumps(dict(ctx=context, endings=endings, label=label)) + '\n')
+    for label in rng.integers(4, size=60).tolist():
+        lengths = rng.integers(1, 6, size=5) * [4, 1, 1, 1, 1]
+        context, *endings = (' '.join(rng.choice(TEXT.split(), length)) for length in lengths)
+        lines += json.dumps(dict(ctx=context, endings=endings, label=label)) + '\n'
         sums, means = [], []
         for ending in endings:
-            ending = tok.encode(f' {ending}').tolist()
-            ids = [*tok.encode(context).tolist(), *ending][-25:]
-            logp = theirs(torch.tensor([ids[:-1]])).logits[0, -len(ending):].log_softmax(-1)
-            sums.append(-logp[range(len(ending)), ending].sum().item())
-            means.append(sums[-1] / len(ending))
+            targets = torch.tensor(encode(f' {ending}').tolist())
+            ids = torch.tensor([*encode(context).tolist(), *targets])[-25:]
+            logits = theirs(ids[None, :-1]).logits[0, -len(targets):]
+            sums.append(torch.nn.functional.cross_entropy(logits, targets, reduction='sum'))
+            means.append(torch.nn.functional.cross_entropy(logits, targets))
         correct += [np.argmin(sums) == label, np.argmin(means) == label]
-    (tmp_path / 'x.jsonl').write_text(''.join(lines))
-    result = benched(capsys, '--task=hellaswag', f'--init_from={tmp_path}', f'--source={tmp_path}/x.jsonl')
-    assert [result['items'], result['acc'], result['acc_norm']] == pytest.approx([60, *correct / 60])
+    (tmp_path / 'x.jsonl').write_text(lines)
+    result = benched(capsys, '--task=hellaswag', f'--init_from={tmp_path}',
+                     f'--source={tmp_path}/x.jsonl')
+    scores = [result['items'], result['acc'], result['acc_norm']]
+    assert scores == pytest.approx([60, *correct / 60])
 
 
 @torch.no_grad()
@@ -1849,20 +1760,22 @@ def test_the_loss_of_a_text_is_that_of_every_token(run, data, capsys, tmp_path):
     """Each token counts once, with the context of the first window that reaches it."""
     gpt = GPT.from_checkpoint(load_checkpoint(str(run)), dropout=0.0).eval()
     (_, val), meta = stored(data)
-    result = benched(capsys, '--task=loss', f'--init_from={run}', f'--source={data}/val.bin')
-    assert result['tokens'] == len(val) - 1
-    val = val[:203]
-    (tmp_path / 'x.txt').write_bytes(get_tokenizer(meta['tokenizer']).decode_bytes(val))
+    score = partial(benched, capsys, '--task=loss', f'--init_from={run}')
+    assert score(f'--source={data}/val.bin')['tokens'] == len(val) - 1
+    ids = val[:203]
+    (tmp_path / 'x.txt').write_bytes(get_tokenizer(meta['tokenizer']).decode_bytes(ids))
     for stride in (1, 5, 16):
-        loss = 0
-        for i in range(1, len(val)):
+        losses = []
+        for i in range(1, len(ids)):
             begin = max(0, math.ceil((i - 16) / stride)) * stride
-            begin = min(begin, len(val) - 1 - 16)  # the last window ends with the text
-            loss -= gpt(torch.tensor([val[begin:i]]))[0][0, -1].log_softmax(-1)[val[i]].item() / 202
-        result = benched(capsys, '--task=loss', f'--init_from={run}', f'--source={tmp_path}/x.txt',
-                         f'--stride={stride}')
-        assert [result[key] for key in ('tokens', 'loss', 'perplexity', 'bits_per_byte')] == pytest.approx(
-            [202, loss, math.exp(loss), loss / math.log(2)], rel=1e-4)  # each character is one byte
+            begin = min(begin, len(ids) - 1 - 16)  # the last window ends with the text
+            logits = gpt(torch.tensor([ids[begin:i]]))[0][0, -1]
+            losses.append(-logits.log_softmax(-1)[ids[i]].item())
+        mean = sum(losses) / 202
+        expected = dict(tokens=202, loss=mean, perplexity=math.exp(mean),
+                        bits_per_byte=mean / math.log(2))  # each character is one byte
+        result = score(f'--source={tmp_path}/x.txt', f'--stride={stride}')
+        assert {key: result[key] for key in expected} == pytest.approx(expected, rel=1e-4)
 
 
 BENCH_SHAPE = ['--n_layer=1', '--n_head=2', '--n_embd=32', '--block_size=16', '--vocab_size=64',
@@ -1875,32 +1788,31 @@ def test_bench_measures(capsys):
     assert result['tokens_per_second'] == pytest.approx(32 / result['step_ms'] * 1000)
     assert result['memory'] > 1e7
     generate = [*BENCH_SHAPE, '--task=generate', '--prompt=4', '--new_tokens=9', '--compile=False']
-    plain = benched(capsys, *generate, '--dtype=float32')
+    plain, rope, int8 = (benched(capsys, *generate, f'--{flag}')
+                         for flag in ('dtype=float32', 'rope=True', 'quantize=int8'))
     assert plain['decode_per_second'] > 0 and plain['first_token_ms'] > 0
-    assert plain['weights'] - benched(capsys, *generate, '--rope=True')['weights'] == 4 * 16 * 32  # wpe
-    matrices = 12 * 32 ** 2
-    head = 64 * 32  # a matrix of its own when it is int8
-    assert plain['weights'] - benched(capsys, *generate, '--quantize=int8')['weights'] == 3 * matrices - head
-    assert benched(capsys, '--task=prepare', '--megabytes=1', '--repeats=1', '--tokenizer=char')['char'] > 0
+    assert plain['weights'] - rope['weights'] == 4 * 16 * 32  # the position embeddings
+    matrices, head = 12 * 32 ** 2, 64 * 32  # int8 needs a head of its own
+    assert plain['weights'] - int8['weights'] == 3 * matrices - head
+    result = benched(capsys, '--task=prepare', '--megabytes=1', '--repeats=1', '--tokenizer=char')
+    assert result['char'] > 0
 
 
 def test_curves(run, capsys, tmp_path):
     """The points are those of log.jsonl, drawn in the terminal or, with matplotlib, as a picture."""
-    entries = [json.loads(line) for line in (run / 'log.jsonl').read_text().splitlines()]
-    for axis, key in (('steps', 'iter'), ('tokens', 'tokens'), ('seconds', 'seconds')):
+    log = read_log(run)
+    for axis, key in (('steps', 'iter'), ('tokens', 'tokens')):
         curves = bench.read_run(str(run), axis)
-        assert curves['train'] == [(e[key], e['loss']) for e in entries if 'loss' in e]
-        assert curves['val'] == [(e[key], e['val_loss']) for e in entries if 'val_loss' in e]
-    assert [x for x, _ in bench.read_run(str(run), 'tokens')['val']] == [0, 3 * 128, 6 * 128]
-    result = benched(capsys, '--task=curves', f'--runs=mine={run},{run}')
-    assert result['mine'] == result[str(run)] == min(e['val_loss'] for e in entries if 'val_loss' in e)
-    main('bench.py', '--task=curves', f'--runs={run},{run}', '--axis=seconds')
-    assert max(map(len, capsys.readouterr().out.split('{"task"')[0].splitlines())) <= 80
+        assert curves['train'] == [(e[key], e['loss']) for e in log if 'loss' in e]
+        assert curves['val'] == [(e[key], e['val_loss']) for e in log if 'val_loss' in e]
+    main('bench.py', '--task=curves', f'--runs=mine={run},{run}', '--axis=seconds')
+    *drawing, result = capsys.readouterr().out.splitlines()
+    result = json.loads(result)
+    assert result['mine'] == result[str(run)] == read_checkpoint(run)['best_val_loss']
+    assert max(map(len, drawing)) <= 80
     if importlib.util.find_spec('matplotlib'):
         main('bench.py', '--task=curves', f'--runs={run}', f'--plot={tmp_path}/x.png')
         assert (tmp_path / 'x.png').read_bytes().startswith(b'\x89PNG')
-    else:
-        refuses('pip install matplotlib', main, 'bench.py', '--task=curves', f'--runs={run}', '--plot=x.png')
     (tmp_path / 'log.jsonl').write_text('{"iter": 0, "val_loss": 2.0}\n')
     refuses("does not say 'seconds': use another axis", bench.read_run, str(tmp_path), 'seconds')
 
@@ -1925,55 +1837,46 @@ class GPT(Ours):
 # Bad input: one clear line, and nothing is lost. And what the README says.
 
 @pytest.fixture(scope='session')
-def bad(tmp_path_factory, run, data):
+def bad(tmp_path_factory, data):
     """A folder of things that are wrong."""
     folder = tmp_path_factory.mktemp('bad')
     (folder / 'file').write_text('')
-    (folder / 'latin1.txt').write_bytes('é'.encode('latin1') * 9)
+    (folder / 'latin1.txt').write_bytes(b'\xe9' * 9)
     (folder / 'bad.jsonl').write_text('{"text": "fine"}\n{"content": "x"}\n')
-    for name, text in (('other', 'abcdefgh' * 100), ('short', 'too short')):
-        (folder / f'{name}.txt').write_text(text)
-        prepare.prepare(str(folder / name), str(folder / f'{name}.txt'), 'char')
+    (folder / 'other.txt').write_text('abcdefgh' * 100)
+    prepare.prepare(str(folder / 'other'), str(folder / 'other.txt'), 'char')
     shutil.copytree(data, folder / 'truncated')
     os.truncate(folder / 'truncated' / 'train.bin', 1234)
-    (folder / 'cut.pt').write_bytes((run / 'ckpt.pt').read_bytes()[:5000])
     return folder
 
 
 @pytest.mark.parametrize('script, args, message', [
     ('train.py', '--dataset=nothing', 'not prepared.*: run python prepare.py --dataset=nothing'),
-    ('train.py', '--dataset={bad}/short', 'too few for a block_size of 16'),
-    ('train.py', '--dataset={bad}/truncated', 'train.bin holds 1,234 bytes but meta.json says 54,000'),
+    ('train.py', '--dataset={bad}/other --block_size=80', 'too few for a block_size of 80'),
+    ('train.py', '--dataset={bad}/truncated', 'holds 1,234 bytes but meta.json says 54,000'),
     ('train.py', '--min_lr=1', 'min_lr=1.0 exceeds learning_rate=0.01'),
     ('train.py', '--n_head=5', 'n_embd=32 is not divisible by n_head=5'),
-    ('train.py', '--device=cuda:77', "device='cuda:77', but this machine has"),
     ('train.py', '--init_from=resume', 'there is no checkpoint out/ckpt.pt: name the'),
-    ('train.py', '--init_from={bad}/cut.pt', 'cut.pt is damaged'),
-    ('train.py', '--init_from={run}/best.pt --dataset={bad}/other', 'have different tokenizers'),
-    ('train.py', '--init_from=resume --out_dir={run} --optimizer=muon', "'muon', but .* trained with adamw"),
-    ('train.py', '--out_dir={bad}/file', "File exists: .*file"),
+    ('train.py', '--init_from={run} --dataset={bad}/other', 'have different tokenizers'),
+    ('train.py', '--init_from=resume --out_dir={run} --optimizer=muon', 'trained with adamw'),
+    ('prepare.py', '--source={bad}/other.txt', 'has its own source'),
     ('prepare.py', '--dataset={tmp}/x --source={bad}/other.txt --shards=2', 'not come in shards'),
     ('prepare.py', '--dataset={tmp}/x --source={bad}/file', 'is empty'),
-    ('prepare.py', '--source={bad}/other.txt', 'has its own source'),
     ('prepare.py', '--dataset={tmp}/x --source={bad}/latin1.txt --tokenizer=char', 'not UTF-8'),
     ('prepare.py', '--dataset={tmp}/x --source={bad}/bad.jsonl --tokenizer=char', 'line 2: not JSON with'),
-    ('sample.py', '--out_dir={bad}', 'there is no checkpoint'),
-    ('bench.py', '--task=train --vs={tmp}/none --device=cpu', 'no model.py in this folder'),
-    ('bench.py', '--task=curves --runs={tmp}', 'No such file.*log.jsonl'),
-    ('bench.py', '--task=hellaswag --init_from={run} --source={bad}/bad.jsonl', 'line 1: not an item with'),
-    ('bench.py', '--task=loss --init_from={run} --source={data}/val.bin --stride=17', 'use at most 16'),
+    ('bench.py', '--vs={tmp}/none', 'no model.py in this folder'),
+    ('bench.py', '--task=hellaswag --init_from={run} --source={bad}/bad.jsonl', 'line 1: not an item'),
+    ('bench.py', '--task=loss --init_from={run} --source={bad}/other.txt --stride=17', 'use at most 16'),
     ('bench.py', '--task=loss --init_from={run} --source={bad}/file', 'nothing to predict'),
 ])
 def test_bad_input_is_one_line_and_harms_nothing(script, args, message, bad, run, data, tmp_path,
                                                  monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = {p.name: p.read_bytes() for p in run.iterdir()}
-    args = args.format(bad=bad, run=run, tmp=tmp_path, data=data).split()
+    args = args.format(bad=bad, run=run, tmp=tmp_path).split()
     if script == 'train.py':
         args = [*TINY, f'--dataset={data}', *args]
-    with pytest.raises((UserError, OSError), match=message) as error:
-        main(script, *args)
-    assert '\n' not in str(error.value)
+    refuses(message, main, script, *args)
     assert before == {p.name: p.read_bytes() for p in run.iterdir()}
     assert not [p for p in tmp_path.rglob('*') if p.is_file() and p.name != '.lock']
 
