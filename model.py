@@ -941,24 +941,15 @@ def print_layout(config, batch_size, dtype):
     # recomputing keeps the input of every block, and the activations of one block at a time
     one_block = (activations - outside_blocks) / config.n_layer
     inputs = 4 * tokens * config.n_embd * config.n_layer
-    recomputed = outside_blocks + one_block + inputs
-    # fsdp gathers what is outside the blocks, and two blocks at a time
-    block_params = sum(p.numel() for p in model.transformer.h[0].parameters())
-    gathered = 4 * (n - config.n_layer * block_params) + 2 * (2 if half else 4) * block_params
     print(f'\nmemory to train on this batch in {dtype}, in MB, at least')
     print(f'{"":<28}{"weights":>9}{"grads":>9}{"AdamW":>9}{"activ.":>9}{"total":>9}  GPU')
-    for gpus in (1, 8):
-        for recompute in (False, True):
-            label = '8 GPUs with fsdp' if gpus > 1 else '1 GPU, or ddp'
-            memory = [4 * n / gpus, 4 * n / gpus, 8 * n / gpus, activations]
-            if gpus > 1:
-                memory[0] += gathered
-            if recompute:
-                label += ', recompute'
-                memory[3] = recomputed
-            memory.append(sum(memory))
-            card = next((f'{gb} GB' for gb in GPU_SIZES if memory[-1] < 0.9e9 * gb), 'none')
-            print(f'{label:<28}' + ''.join(f'{m / 1e6:>9,.1f}' for m in memory) + f'  {card}')
+    for label, activ in (('', activations),
+                         ('activation_checkpointing', outside_blocks + one_block + inputs)):
+        memory = [4 * n, 4 * n, 8 * n, activ]
+        memory.append(sum(memory))
+        card = next((f'{gb} GB' for gb in GPU_SIZES if memory[-1] < 0.9e9 * gb), 'none')
+        print(f'{label:<28}' + ''.join(f'{m / 1e6:>9,.1f}' for m in memory) + f'  {card}')
+    print('parallel=fsdp divides weights, grads and AdamW by the number of GPUs')
 
 
 if __name__ == '__main__':

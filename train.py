@@ -407,7 +407,7 @@ if __name__ == '__main__':
     if extensions := beyond_gpt2(raw_model.config):
         print0(f"this model cannot be exported in GPT-2's format: it has {', '.join(extensions)}")
 
-    # -- evaluation and logging ---------------------------------------------------
+    # -- signals ------------------------------------------------------------------
 
     signals = []
 
@@ -433,10 +433,12 @@ if __name__ == '__main__':
         """The signal that asks to stop, or 0."""
         return highest(signals[0] if signals else 0)
 
+    # -- evaluation and logging ---------------------------------------------------
+
     @torch.no_grad()
     def estimate_loss(split):
         """Mean loss over windows spread evenly over the split, the same each time. Every rank
-        evaluates its share. A signal cuts it short, as torchrun kills what does not stop in 30 s."""
+        evaluates its share. A signal cuts it short: torchrun kills what runs on for 30 seconds."""
         n_tokens = meta[f'{split}_tokens']
         count = max(1, min(eval_iters, (n_tokens - 1) // block_size // batch_size))
         starts = np.linspace(0, n_tokens - block_size - 1, count * batch_size).astype(np.int64)
