@@ -36,17 +36,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from configurator import UserError, check, configure, keep_memory, optional, resolve_device, resolve_dtype
 from model import GPT, config_from_settings, load_checkpoint, optimize_for_generation
-from prepare import (
-    DATA,
-    SHAKESPEARE,
-    Progress,
-    encode_documents,
-    get_tokenizer,
-    load_dataset,
-    locate,
-    prepare,
-    read,
-)
+from prepare import DATA, SHAKESPEARE, Progress, encode_files, get_tokenizer, load_dataset, locate, prepare
 from train import exit_together, peak_flops
 
 task = 'train'      # 'train', 'generate', 'prepare', 'hellaswag', 'loss' or 'curves'
@@ -358,7 +348,7 @@ def read_ids(tok, spec):
                             f'or prepare it with --tokenizer={init_from}')
         return np.fromfile(source, meta['dtype'])
     files = rank_0_first(locate, source, os.path.join(DATA, task))
-    return np.concatenate([ids for ids, _ in encode_documents(read(files, 'tokens'), tok)])
+    return np.concatenate([np.array([], np.uint16), *(ids for ids, _ in encode_files(files, tok))])
 
 
 @torch.no_grad()
@@ -423,7 +413,7 @@ def read_run(path, axis):
     for entry in entries:
         for split, y in (('train', 'loss'), ('val', 'val_loss')):
             if y in entry and x not in entry:
-                raise UserError(f'{path} does not say {x!r}: use another axis')
+                raise UserError(f'{path} has no {x!r}: use another axis')
             if y in entry and math.isfinite(entry[y]):
                 points[split].append((entry[x], entry[y]))
     if not points['val']:
@@ -471,7 +461,7 @@ def draw_in_terminal(curves, low, high, width=70, height=20):
             if y <= high:
                 row = rows[round((high - y) / (high - low) * (height - 1))]
                 column = round(x / end * (width - 1))
-                row[column] = letter if row[column] in (' ', letter) else '*'  # *: several runs
+                row[column] = letter if row[column] in (' ', letter) else '*'  # *: runs overlap
     for number, row in enumerate(rows):
         y = high - (high - low) * number / (height - 1)
         print(f'{y:8.3f}|{"".join(row).rstrip()}')
@@ -517,6 +507,6 @@ if __name__ == '__main__':
                   f'{min(value):,.2f} to {max(value):,.2f}')
         elif not vs:
             print(f'{name:<20}{value:,.4f}' if isinstance(value, float) else f'{name:<20}{value}')
-    print(json.dumps(dict(task=task, model=init_from, device=machine, **result)))
+    print(json.dumps(dict(task=task, model=init_from, device=machine, **result)), flush=True)
     if world_size > 1:
         exit_together(0)

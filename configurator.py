@@ -33,7 +33,7 @@ class UserError(Exception):
 
 
 def one_line(text):
-    """The text without line breaks and terminal escape sequences, whatever it quotes."""
+    """The text on one line, with ? for characters that a terminal would obey, such as ESC."""
     return ''.join(c if c.isprintable() else '?' for c in ' '.join(str(text).split()))
 
 
@@ -70,8 +70,7 @@ def configure(namespace, argv=None):
 
 
 def _nearest(name, settings):
-    """The setting that name abbreviates (lr: learning_rate, grad_accum: gradient_accumulation_steps) or
-    misspells."""
+    """The setting that name abbreviates (lr, grad_accum) or misspells, or None."""
     pattern = '[a-z]*_'.join(map(re.escape, name.split('_')))
     for setting in settings:
         initials = ''.join(word[:1] for word in setting.split('_'))
@@ -102,7 +101,7 @@ def _run_file(path, settings):
     """Run an override file and return the settings that it defines. Modules, functions and _names
     in it are private."""
     if not os.path.isfile(path) or not path.endswith('.py'):
-        raise UserError(f'{path!r} is not an override file (.py): a setting is written --name=value')
+        raise UserError(f'there is no override file {path!r} (.py): write a setting as --name=value')
     scope = dict(settings, __file__=path, __name__='config')
     try:
         with open(path, encoding='utf-8-sig') as f:
@@ -162,7 +161,7 @@ def _report_error(settings, kind, error, trace):
     elif kind.__module__.startswith(('torch._dynamo', 'torch._inductor')):
         text = f'torch.compile failed ({kind.__name__}: {text[:200]}): fix it, or pass --compile=False'
     elif rank and (kind.__name__.startswith('Dist') or re.search('gloo|NCCL', text)):
-        text = f'rank {rank} lost contact with another rank, which may have said why ({text[:200]})'
+        text = f'rank {rank} lost contact with another rank: see its error ({text[:200]})'
     elif not issubclass(kind, (UserError, OSError)):  # an OSError names its file: permission, disk full, ...
         return sys.__excepthook__(kind, error, trace)
     print(f'error: {text}', file=sys.__stderr__)  # torch.distributed replaces sys.stderr for a while

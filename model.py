@@ -29,6 +29,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
 from configurator import UserError, check, configure, optional
@@ -65,9 +66,9 @@ class GPTConfig:
 
 
 def rotate(x, rotation):
-    """Rotary positions: turn each pair (x[i], x[i + half]) of a query or key by an angle
-    proportional to its position. The product q k then depends only
-    on the distance between the two tokens."""
+    """Rotary positions: rotate each pair (x[i], x[i + half]) of a query or key by an angle
+    proportional to its position. The product q k then depends only on the distance between the
+    two tokens."""
     cos, sin = rotation
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)
@@ -75,8 +76,8 @@ def rotate(x, rotation):
 
 class CausalSelfAttention(nn.Module):
     """The only place where tokens see each other. Each token sends out a query; it and every
-    token before it offer a key and a value. The better query and key match, the more of the
-    value flows: softmax(q k^T / sqrt(head size)) v. Several heads do this side by side, each
+    token before it offer a key and a value. The better a key matches the query, the more of
+    its value flows: softmax(q k^T / sqrt(head size)) v. Several heads do this side by side, each
     with its own share of the channels."""
 
     def __init__(self, config):
@@ -177,8 +178,8 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=0.02)
 
     def hidden(self, idx, cache=None, start=0):
-        """Ids (B, T), the first at position start, to the final hidden states (B, T, C).
-        With a cache, these tokens join the ones before start, whose keys and values it holds."""
+        """Map ids (B, T), the first at position start, to the final hidden states (B, T, C).
+        A cache holds the keys and values of the tokens before start; these are added to it."""
         T = idx.shape[1]
         length = T if cache is None else cache[0].shape[3]
         assert length <= self.config.block_size, f'{length} tokens exceed block_size'
@@ -214,7 +215,7 @@ class GPT(nn.Module):
         return logits, loss
 
     def compile_blocks(self):
-        """Compile block by block: all blocks are alike, so compiling one serves all."""
+        """Compile block by block: the blocks are alike, so all share one compilation."""
         self.compiled = True
         for block in self.transformer.h:
             block.compile()
@@ -456,7 +457,7 @@ def optimize_for_generation(model, int8=False, compile=False):
 
 
 # -----------------------------------------------------------------------------
-# checkpoints: wherever weights come from, they become one kind of dict
+# checkpoints: weights from any source become the same kind of dict
 
 
 def config_from_settings(settings, **changes):
@@ -479,7 +480,7 @@ PRETRAINED = {  # layers, heads, width, sha256 of the file where known
 }
 TRANSPOSED = ('c_attn.weight', 'c_fc.weight', 'c_proj.weight')  # stored that way in the file
 MASKS = ('.attn.bias', '.attn.masked_bias')  # in old files
-GPT2_CONFIG = dict(  # what config.json of a GPT-2 says, if only by default
+GPT2_CONFIG = dict(  # what a GPT-2's config.json says, explicitly or by default
     model_type='gpt2', activation_function='gelu_new', layer_norm_epsilon=1e-5, n_inner=None,
     scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, tie_word_embeddings=True,
     add_cross_attention=False)
@@ -603,27 +604,27 @@ CHECKPOINT_TYPES = dict(model=dict, model_args=dict, tokenizer=dict, config=dict
 
 
 def verify_archive(f):
-    """Compare a checkpoint's tensors with their checksums, which torch.load does not do."""
+    """Verify the tensors' checksums, which torch.load ignores."""
     if zipfile.is_zipfile(f):
         archive = zipfile.ZipFile(f)
-        # torch.save neither compresses (a small file could fill the memory) nor sets the attribute
-        # that makes a file a folder, which torch.load reads as zeros
+        # torch.save never compresses (as a zip bomb would) and never marks an entry as a folder
+        # (which torch.load would read as zeros)
         changed = [entry.filename for entry in archive.infolist()
                    if entry.compress_type or entry.external_attr] or archive.testzip()
         if changed:
-            raise ValueError(f'changed since it was saved: {changed}')
+            raise ValueError(f'modified since it was saved: {changed}')
     f.seek(0)
 
 
-def is_plain(value):
-    """A tensor of floating point numbers, each with its own place in memory."""
-    return (isinstance(value, torch.Tensor) and value.is_floating_point() and value.is_contiguous()
-            and value.device.type == 'cpu' and value.layout == torch.strided)
+def is_plain(tensor):
+    """Whether it is a dense, contiguous floating-point tensor on the CPU."""
+    return (tensor.layout == torch.strided and tensor.device.type == 'cpu'
+            and tensor.is_floating_point() and tensor.is_contiguous())
 
 
 def from_nanogpt(checkpoint, path, data):
-    """The entries of a nanoGPT checkpoint that differ from ours. It names no tokenizer: that is
-    GPT-2's, or the characters of its dataset, found beside it, in data, or in our own data."""
+    """The entries of a nanoGPT checkpoint that differ from ours. nanoGPT does not store the
+    tokenizer: it is GPT-2's, or in the dataset's meta.pkl in data, beside the checkpoint or in DATA."""
     vocab_size = checkpoint['model_args']['vocab_size']
     dataset = os.path.basename(checkpoint['config']['dataset'])
     ours = os.path.join(DATA, dataset)
@@ -669,7 +670,7 @@ def save_checkpoint(checkpoint, path):
 
 
 def load_checkpoint(source, data=None):
-    """A model and what belongs to it, on the CPU: weights (model), model_args, tokenizer, config,
+    """Load a checkpoint to the CPU: weights (model), model_args, tokenizer, config,
     iter_num, best_val_loss, path, and for resuming the optimizer's state.
 
     The source is the folder of a run (its best.pt, else ckpt.pt), a file that train.py or nanoGPT
@@ -683,8 +684,8 @@ def load_checkpoint(source, data=None):
         best = path / 'best.pt'
         path = best if best.exists() else path / 'ckpt.pt'
     if not path.exists():
-        raise UserError(f'there is no checkpoint {path}: name the folder of a run with --out_dir or '
-                        f'--init_from, or a model: {", ".join(PRETRAINED)}')
+        raise UserError(f'there is no checkpoint {path}: name a run (--out_dir=FOLDER), a checkpoint or '
+                        f'a model (--init_from=gpt2)')
     try:
         with open(path, 'rb') as f:
             verify_archive(f)
@@ -702,16 +703,17 @@ def load_checkpoint(source, data=None):
     for key, kind in CHECKPOINT_TYPES.items():
         if not isinstance(checkpoint.get(key), kind):
             raise UserError(f'{path} is not a checkpoint of this code: it lacks {key!r}')
-    if not all(map(is_plain, checkpoint['model'].values())):
-        raise UserError(f'{path} is damaged: its weights are not contiguous floating point tensors')
+    # fused optimizers would corrupt memory with others
+    if not all(is_plain(leaf) for leaf in tree_leaves(checkpoint) if isinstance(leaf, torch.Tensor)):
+        raise UserError(f'{path} is damaged: its tensors are not dense floating-point numbers')
     return checkpoint | dict(path=str(path))
 
 
 def from_checkpoint(checkpoint, **changes):
     """The model in a checkpoint, with changes to its config, such as another dropout."""
     args = checkpoint['model_args'] | changes
-    weights = {name: w.float() for name, w in checkpoint['model'].items()}
     try:
+        weights = {name: w.float() for name, w in checkpoint['model'].items()}
         if args['n_layer'] > len(weights):
             raise ValueError(f"n_layer={args['n_layer']}, but only {len(weights)} tensors")
         with torch.device('meta'):  # shapes only: the weights are assigned, not copied
@@ -823,7 +825,7 @@ def record_pass(model, *inputs):
 
 
 def columns(text):
-    """How many columns of a terminal the text takes."""
+    """The width of a text in terminal columns."""
     marks = sum(unicodedata.category(c) in ('Mn', 'Me') for c in text)
     wide = sum(unicodedata.east_asian_width(c) in 'WF' for c in text)
     return len(text) - marks + wide
@@ -831,8 +833,8 @@ def columns(text):
 
 @torch.no_grad()
 def trace_text(model, tok, text, layer, head):
-    """Print a forward pass: every module's output, the attention of one head, the loss at each token,
-    and what the model would predict after each block. Returns the logits."""
+    """Print a forward pass: every module's output, the attention of one head, the loss at the last
+    tokens, and what the model would predict after each block. Returns the logits."""
     check(dict(layer=layer, head=head), 'layer >= 0', f'layer < {model.config.n_layer}',
           'head >= 0', f'head < {model.config.n_head}')
     ids = tok.encode(text, special=True).tolist()
@@ -841,11 +843,12 @@ def trace_text(model, tok, text, layer, head):
         raise UserError(f'trace={text!r} has {T} tokens: use 1 to {model.config.block_size}')
     records = record_pass(model, torch.tensor([ids]))
 
-    def show(id, width=0):
-        piece = tok.decode_bytes([id]).decode('utf-8', 'replace')[:9]
+    def show(token, width=0):
+        piece = tok.decode_bytes([token]).decode('utf-8', 'replace')
         if unicodedata.category(piece[:1] or ' ').startswith('M'):
-            piece = '\u25cc' + piece  # a circle carries a mark that has lost its letter
-        return repr(piece) + ' ' * (width - columns(repr(piece)))
+            piece = '\u25cc' + piece  # a dotted circle stands in for the missing letter
+        piece = repr(piece[:width - 2] if width else piece)
+        return piece + ' ' * (width - columns(piece))
 
     print(textwrap.fill(f'{T} tokens: {" ".join(f"{show(i)}={i}" for i in ids)}', 80))
     print(f'\n{"output of":<18}{"shape":<18}{"mean":>9}{"std":>9}    what it does')
@@ -862,9 +865,9 @@ def trace_text(model, tok, text, layer, head):
     scores = q[0, head] @ k[0, head].T / math.sqrt(q.shape[-1])
     future = torch.ones(T, T, dtype=torch.bool).triu(1)
     weights = scores.masked_fill(future, -math.inf).softmax(dim=-1)
-    first = max(0, T - 16)  # as many as fit
+    first = max(0, T - 16)  # as many as fit 80 columns
     print(f'\nlayer {layer}, head {head}: percent of its attention that each token (row) gives to '
-          f'each\nearlier one (column)\n{"":<16}' + ''.join(f'{i:>4}' for i in range(first, T)))
+          f'itself\nand to earlier ones (columns)\n{"":<16}' + ''.join(f'{i:>4}' for i in range(first, T)))
     for i in range(first, T):
         shares = ''.join(f'{100 * weight:>4.0f}' for weight in weights[i, first:i + 1])
         print(f'{i:>4} {show(ids[i], 11)}{shares}')
@@ -935,8 +938,6 @@ def print_layout(config, batch_size, dtype):
     flops = model.flops_per_token()
     print(f'\nparameters {n:,}; a training step of {batch_size} x {config.block_size} tokens '
           f'takes {flops * tokens / 1e12:,.3f} TFLOPs')
-    print(f'weights in MB: {4 * n / 1e6:,.1f} in float32, {2 * n / 1e6:,.1f} in bfloat16, '
-          f'{n / 1e6:,.1f} in int8')
 
     # recomputing keeps the input of every block, and the activations of one block at a time
     one_block = (activations - outside_blocks) / config.n_layer
@@ -964,8 +965,8 @@ if __name__ == '__main__':
     globals().update(vars(GPTConfig()))
     settings = configure(globals())
     check(settings, 'batch_size > 0', "dtype in ('float32', 'bfloat16')")
-    if (export_dir or export_onnx) and not init_from:
-        raise UserError('an export needs a model: add --init_from=out-mine, for example')
+    if (trace or export_dir or export_onnx) and not init_from:
+        raise UserError('name a model: add --init_from=out-mine, for example')
     config = config_from_settings(settings)
 
     if export_dir:
@@ -976,15 +977,9 @@ if __name__ == '__main__':
         sys.exit()
 
     if trace:
-        if init_from:
-            checkpoint = load_checkpoint(init_from)
-            model = from_checkpoint(checkpoint)
-            tokenizer = checkpoint['tokenizer']
-        else:  # a random model of these characters
-            tokenizer = dict(type='char', chars=''.join(sorted(set(trace))))
-            config.vocab_size = len(tokenizer['chars'])
-            model = GPT(config)
-        trace_text(model.eval(), get_tokenizer(tokenizer), trace, layer, head)
+        checkpoint = load_checkpoint(init_from)
+        tok = get_tokenizer(checkpoint['tokenizer'])
+        trace_text(from_checkpoint(checkpoint).eval(), tok, trace, layer, head)
     else:
         if init_from in PRETRAINED:  # known without downloading the weights
             n_layer, n_head, n_embd, _ = PRETRAINED[init_from]

@@ -25,6 +25,7 @@ import json
 import os
 import pickle
 import re
+import shlex
 import shutil
 import sys
 import time
@@ -41,7 +42,7 @@ from configurator import UserError, check, configure, optional
 
 dataset = 'shakespeare_char'  # a dataset of the table in this file, or a new name with --source
 source = ''         # file, folder or https address of the text; '': the dataset's own
-tokenizer = ''      # char, gpt2, bpe, sp:FILE.model, or a run or dataset; '': the dataset's own, or gpt2
+tokenizer = ''      # char, gpt2, bpe, sp:FILE.model, a run or a dataset; '': the dataset's own, or gpt2
 vocab_size = 4096   # vocabulary size of a bpe tokenizer
 val_fraction = 0.0  # fraction of tokens held out, from the end; 0: the dataset's own, or 0.1
 shards = 0          # number of shards to download of a large dataset; 0: all
@@ -73,8 +74,8 @@ SPLIT = (  # bpe merges bytes only within these pieces of text, which resemble G
     r'|[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]{1,32}'  # a word with the space before it; \p{M}: vowel signs
     r'|\p{N}{1,3}'                                # up to three digits
     r'| ?[^\s\p{L}\p{M}\p{N}]{1,32}[\r\n]*'       # punctuation
-    r'|\s*[\r\n]|\s+(?!\S)|\s+'                   # white space
-)  # 32: longer words are cut, or text without spaces (DNA, Chinese) would take hours to train on
+    r'|\s{0,32}[\r\n]|\s{1,32}(?!\S)|\s{1,32}'     # white space
+)  # without the limit of 32, training on text without spaces (DNA, Chinese) would take hours
 
 
 def code_points(text):
@@ -96,7 +97,7 @@ class CharTokenizer:
         ids = self.ids.take(code_points(text))
         if len(ids) and ids.max() == self.n_vocab:
             unknown = ' '.join(map(repr, sorted(set(text) - set(self.chars))[:20]))
-            raise UserError(f'unknown to the tokenizer: {unknown}; remove them, or use --tokenizer=bpe')
+            raise UserError(f'unknown to the tokenizer: {unknown}; remove from the text')
         return ids
 
     def decode_bytes(self, ids):
@@ -390,8 +391,8 @@ def locate_shards(row, folder, shards):
 # Downloading
 
 def lock_folder(folder):
-    """Become the only writer of a folder. The lock ends when the returned file is closed, at the latest
-    with this process."""
+    """Lock a folder against writers in other processes, until the returned file is closed or this process
+    ends."""
     os.makedirs(folder, exist_ok=True)
     file = open(os.path.join(folder, '.lock'), 'a')
     try:
@@ -402,7 +403,7 @@ def lock_folder(folder):
             import fcntl
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if isinstance(error, (BlockingIOError, PermissionError)):  # others: this file system has no locks
+        if isinstance(error, (BlockingIOError, PermissionError)):  # or the file system has no locks
             raise UserError(f'another process is writing to {folder}: wait for it, or use another '
                             'folder') from None
     return file
@@ -446,13 +447,15 @@ def fetch_with_retries(url, part):
 
 def fetch(url, part):
     """Try once to complete the file part. Returns the sha256 if Hugging Face sends it."""
-    etag_path = part + '.etag'  # names the version of the file that part is the beginning of
+    etag_path = part + '.etag'  # the ETag of the version that part belongs to
     headers = {'Accept-Encoding': 'identity'}
     start = 0
     if os.path.exists(part) and os.path.exists(etag_path):
-        start = os.path.getsize(part)
         with open(etag_path, encoding='latin-1') as file:
-            headers |= {'Range': f'bytes={start}-', 'If-Range': file.read()}
+            etag = file.read()
+        if etag.startswith('"'):  # a weak ETag, W/"...", does not identify the bytes
+            start = os.path.getsize(part)
+            headers |= {'Range': f'bytes={start}-', 'If-Range': etag}
     check_https(url)
     with requests.get(url, headers=headers, stream=True, timeout=(10, 60)) as reply:
         hops = [*reply.history, reply]
@@ -461,9 +464,10 @@ def fetch(url, part):
         code = reply.status_code
         content_range = re.fullmatch(rf'bytes {start}-\d+/(\d+)', reply.headers.get('Content-Range', ''))
         length = reply.headers.get('Content-Length', '')
+        etag = reply.headers.get('ETag', '')
         if code in (401, 403, 404):
             raise UserError(f'the server answers {code} {reply.reason} for {url}: check the address')
-        if start and (code == 416 or code == 206 and not content_range):
+        if start and (code == 416 or code == 206 and not (content_range and etag == headers['If-Range'])):
             os.remove(part)
             raise requests.ConnectionError('the server cannot continue the download')
         if code != 200 and not content_range:
@@ -475,15 +479,13 @@ def fetch(url, part):
             total = int(content_range[1])
         elif length.isdecimal():
             total = int(length)
-        elif reply.headers.get('Transfer-Encoding') != 'chunked':  # whose end is marked
+        elif reply.headers.get('Transfer-Encoding') != 'chunked':  # which marks its own end
             raise UserError(f'{url}: the server does not say how long the file is: download it another way')
         if code == 200:  # the whole file, perhaps a newer version
             start = 0
-        check_space(os.path.dirname(part), (total or 0) - start)
-        etag = reply.headers.get('ETag', '')
-        if etag.startswith('"'):  # others do not tell versions apart
             with open(etag_path, 'w', encoding='latin-1') as file:
                 file.write(etag)
+        check_space(os.path.dirname(part), (total or 0) - start)
         progress = Progress(os.path.basename(part), (total or 0) / 1e6, 'MB')
         with open(part, 'ab' if start else 'wb') as file:
             for block in reply.iter_content(1 << 16):
@@ -491,8 +493,7 @@ def fetch(url, part):
                 progress(file.tell() / 1e6)
             if total is not None and file.tell() != total:
                 raise requests.ConnectionError(f'received {file.tell():,} of {total:,} bytes')
-    if etag.startswith('"'):
-        os.remove(etag_path)
+    os.remove(etag_path)
     linked = re.fullmatch('"?([0-9a-f]{64})"?', hops[0].headers.get('X-Linked-ETag', ''))
     return linked[1] if linked else None
 
@@ -543,27 +544,23 @@ def prepare(dataset, source='', tokenizer='', vocab_size=4096, val_fraction=0.0,
         optional('pyarrow.parquet', source)  # before the download, not after
 
     folder = os.path.join(DATA, dataset)
+    lock = lock_folder(folder)
     files = locate_shards(row, folder, shards) if 'shards' in row else locate(source, folder)
     if not any(os.path.getsize(path) for path in files):
         raise UserError(f'source={source!r} is empty: pass a file with text')
     spec = make_spec(tokenizer, files, vocab_size)
-    n_val = count_shard_tokens(files[-1]) if 'val' in row else 0
-    with lock_folder(folder):
-        return write_dataset(folder, files, source, spec, val_fraction, n_val)
-
-
-def write_dataset(folder, files, source, spec, val_fraction, n_val):
-    """Tokenize files into a dataset, whose last n_val (0: val_fraction) tokens are for validation."""
     tok = get_tokenizer(spec)
     if tok.n_vocab > 65536:
         raise UserError(f'the tokenizer has {tok.n_vocab:,} tokens: use one with at most 65,536')
     dtype = np.dtype('uint8' if tok.n_vocab <= 256 else '<u2')
     paths = [os.path.join(folder, name) for name in ('train.bin', 'val.bin', 'meta.json')]
     train_tmp, val_tmp, meta_tmp = [path + '.tmp' for path in paths]
-    n_tokens, starts = write_tokens(read(files, 'tokens'), tok, dtype, train_tmp)
+    n_tokens, starts = write_tokens(files, tok, dtype, train_tmp)
     if n_tokens < 2:
         raise UserError(f'source={source!r} has {n_tokens} tokens: give a longer text')
-    if not n_val:
+    if 'val' in row:
+        n_val = count_shard_tokens(files[-1])
+    else:
         n_val = min(max(1, round(n_tokens * val_fraction)), n_tokens - 1)
     n_train = choose_split(n_tokens, n_val, starts)
     n_val = n_tokens - n_train
@@ -581,12 +578,13 @@ def write_dataset(folder, files, source, spec, val_fraction, n_val):
     if os.path.exists(meta_path):
         with open(meta_path, encoding='utf-8', errors='replace') as file:
             if meta['source_sha256'] not in (old := file.read()) or json.dumps(spec) not in old:
-                print(f'replacing a dataset of another text or tokenizer in {folder}')
+                print(f'replacing the dataset in {folder}, which had another text or tokenizer')
         os.remove(meta_path)
     for path in paths:
         os.replace(path + '.tmp', path)
     print(f'{folder}: {n_train:,} tokens for training, {n_val:,} for validation, '
           f'vocabulary {tok.n_vocab:,} ({spec["type"]}), {dtype.name}')
+    lock.close()
     return meta
 
 
@@ -611,7 +609,7 @@ def make_spec(tokenizer, files, vocab_size):
     if tokenizer.startswith('sp:'):
         with open(tokenizer.removeprefix('sp:'), 'rb') as file:
             return dict(type='sp', model=base64.b64encode(file.read()).decode())
-    if tokenizer == 'gpt2':
+    if re.fullmatch('gpt2(-medium|-large|-xl)?', tokenizer):
         return dict(type='gpt2')
     dataset = tokenizer.removesuffix('meta.json')
     for folder in (dataset, os.path.join(DATA, dataset)):
@@ -619,18 +617,18 @@ def make_spec(tokenizer, files, vocab_size):
         if spec:
             return spec
     if not os.path.exists(tokenizer):
-        raise UserError(f'tokenizer={tokenizer!r} is neither char, bpe, gpt2 or sp:FILE.model nor a dataset, '
-                        'run or checkpoint: check the name')
+        raise UserError(f'tokenizer={tokenizer!r} is not char, bpe, gpt2, sp:FILE.model, a dataset, a run or '
+                        'a checkpoint: check the name')
     from model import load_checkpoint  # only here, as it takes seconds to import
     return load_checkpoint(tokenizer)['tokenizer']
 
 
-def write_tokens(pieces, tok, dtype, path):
-    """Write the ids of all pieces. Returns the number of tokens and where documents start."""
+def write_tokens(files, tok, dtype, path):
+    """Write the ids of all files. Returns the number of tokens and where documents start."""
     starts = array('q')  # of all documents but the first
     n_tokens = 0
     with open(path, 'wb') as file:
-        for ids, starts_document in encode_documents(pieces, tok):
+        for ids, starts_document in encode_files(files, tok):
             if starts_document:
                 starts.append(n_tokens)
             ids.astype(dtype, copy=False).tofile(file)
@@ -638,12 +636,12 @@ def write_tokens(pieces, tok, dtype, path):
     return n_tokens, starts
 
 
-def encode_documents(pieces, tok):
-    """Yield (ids, starts_document), with tok.eot between documents. Empty documents do not count."""
+def encode_files(files, tok):
+    """Yield (ids, starts_document), with tok.eot between documents. Empty documents are skipped."""
     separator = np.array([] if tok.eot is None else [tok.eot], np.uint16)
     document_ended = False
     any_tokens = False
-    for ids, ends_document in encode_pieces(pieces, tok):
+    for ids, ends_document in encode_pieces(read(files, 'tokens'), tok):
         starts_document = document_ended and len(ids) > 0
         if starts_document:
             yield separator, False
@@ -753,6 +751,7 @@ def nanogpt_tokenizer(folder):
 if __name__ == '__main__':
     configure(globals())
     prepare(dataset, source, tokenizer, vocab_size, val_fraction, shards)
-    name = os.path.basename(dataset.rstrip('/'))
-    print(f'Train on it with\n'
-          f'python train.py config/train_shakespeare.py --dataset={dataset} --out_dir=out-{name}')
+    if dataset not in DATASETS:
+        name = os.path.basename(dataset.rstrip('/'))
+        arguments = shlex.join([f'--dataset={dataset}', f'--out_dir=out-{name}'])
+        print(f'Train on it with\npython train.py config/train_shakespeare.py {arguments}')

@@ -38,7 +38,7 @@ compile = 'auto'       # torch.compile: True, False; auto: for long texts, and f
 
 
 class TextStream:
-    """Turns the bytes of tokens into text: whole characters only, and nothing from stop on."""
+    """Turns the bytes of tokens into text: only whole characters, ending before stop."""
 
     def __init__(self, stop):
         self.stop = stop
@@ -79,7 +79,7 @@ def write_samples(model, tok, prompt, num_samples):
     if not ids:
         ids = [tok.eot or 0]  # the end of a text, or the first character
     if len(ids) > model.config.block_size:
-        print(f'the prompt has {len(ids)} tokens; the model sees the last '
+        print(f'the prompt has {len(ids)} tokens; the model sees only the last '
               f'{model.config.block_size}', file=sys.stderr)
     streams = [TextStream(stop) for _ in range(num_samples)]
     texts = [prompt] * num_samples

@@ -35,7 +35,6 @@ from model import (
     beyond_gpt2,
     config_from_settings,
     find_pretrained,
-    is_plain,
     load_checkpoint,
     save_checkpoint,
 )
@@ -128,7 +127,7 @@ def window_starts(n_tokens, block_size, seed, first, count):
 
 def load_windows(file, dtype, starts, block_size, device):
     """Inputs and targets, (len(starts), block_size): the windows, and the same shifted by one."""
-    data = np.memmap(file, dtype, 'r')  # mapped each time: pages already read count as used memory
+    data = np.memmap(file, dtype, 'r')  # mapped each time, or pages already read would count as used memory
     ids = torch.from_numpy(data[starts[:, None] + np.arange(block_size + 1)].astype(np.int64))
     if device.startswith('cuda'):
         ids = ids.pin_memory().to(device, non_blocking=True)  # copies while the GPU computes
@@ -183,10 +182,11 @@ def load_optimizer(optimizer, saved):
     state = {}
     for i, entries in saved['state'].items():
         for name, value in entries.items():
-            # fused kernels trust these tensors: others would corrupt memory
-            if not is_plain(value) or value.shape not in (params[i].shape, ()):
-                raise UserError(f'the optimizer state {name!r} does not fit the model: start over from '
-                                'its weights, --init_from=FILE')
+            # fused kernels do not check these tensors: a wrong shape would corrupt memory
+            shape = () if name == 'step' else params[i].shape
+            if not torch.is_tensor(value) or value.shape != shape:
+                raise UserError(f'the optimizer state {name!r} does not fit the model: start a new run from '
+                                'its weights with --init_from=FILE')
         state[i] = {name: shard_like(params[i], value) for name, value in entries.items()}
     optimizer.load_state_dict(optimizer.state_dict() | dict(state=state))
 
@@ -208,7 +208,7 @@ def set_aside(out_dir):
 
 
 def truncate_log(path, iter_num):
-    """Drop the log entries of steps that will be repeated, and lines that a kill cut short."""
+    """Drop the log entries of steps that will be repeated, and lines cut short by a crash."""
     if os.path.exists(path):
         with open(path, encoding='utf-8', errors='replace') as f:
             entries = [re.fullmatch(r'{"iter": (\d+), [^{]*}\n', line) for line in f]
@@ -218,8 +218,8 @@ def truncate_log(path, iter_num):
 
 
 def exit_together(code):
-    """Wait for all ranks, then exit. os._exit avoids threads of gloo that can abort the interpreter
-    at shutdown."""
+    """Wait for all ranks, then exit. os._exit skips the interpreter's shutdown, which threads of gloo
+    can crash."""
     dist.barrier()
     dist.destroy_process_group()
     sys.stdout.flush()
@@ -245,8 +245,10 @@ if __name__ == '__main__':
     fsdp = ddp and parallel == 'fsdp'
     device = resolve_device(device)
     device_type = device.partition(':')[0]
-    terminal = os.isatty(1)
+    devnull = open(os.devnull, 'w')
+    sys.stdout = sys.stdout or devnull  # None if it is closed
     sys.stdout.reconfigure(errors='replace')  # for terminals that lack a character
+    terminal = sys.stdout.isatty()
 
     def print0(line, transient=False):
         """Print on rank 0. In a terminal the next line overwrites a transient one."""
@@ -258,11 +260,11 @@ if __name__ == '__main__':
             end = '\r'
         if terminal:
             line = '\x1b[K' + line  # clears the transient line
-        for fallback in (sys.stderr, None):
+        for fallback in (sys.stderr, devnull):
             try:
                 print(line, end=end, flush=True)
                 return
-            except OSError:  # tee has ended, a disk is full: output must not end the run
+            except OSError:  # a closed pipe or full disk must not stop the run
                 sys.stdout = fallback
 
     if ddp:
@@ -282,7 +284,7 @@ if __name__ == '__main__':
     # -- data ---------------------------------------------------------------------
 
     ckpt_path = os.path.join(out_dir, 'ckpt.pt')
-    if rank == 0:  # prepares and downloads while the others wait, and decides for all
+    if rank == 0:  # prepares, downloads and decides; the others wait
         if not eval_only:
             run_lock = lock_folder(out_dir)
         embedded = DATASETS.get(dataset, {}).get('source') == SHAKESPEARE
@@ -297,7 +299,7 @@ if __name__ == '__main__':
         dist.broadcast_object_list(message)
         init_from = message[0]
     meta, paths = load_dataset(dataset)
-    bins = {split: open(path, 'rb') for split, path in paths.items()}  # stay even if prepare.py runs again
+    bins = {split: open(path, 'rb') for split, path in paths.items()}  # kept if prepare.py runs again
 
     def get_batch(step):
         """This rank's micro-batches of a step, a pure function of (seed, step): its slice of the
@@ -389,7 +391,8 @@ if __name__ == '__main__':
         if checkpoint['scaler']:
             scaler.load_state_dict(checkpoint['scaler'])
         iter_num = checkpoint['iter_num']
-        if checkpoint['config'].get('dataset') == dataset:
+        same_data = os.path.join(DATA, checkpoint['config'].get('dataset', ''))
+        if os.path.realpath(same_data) == os.path.realpath(os.path.join(DATA, dataset)):
             best_val_loss = checkpoint['best_val_loss']
         elapsed = checkpoint.get('elapsed', 0.0)
         wandb_id = checkpoint.get('wandb_id')
@@ -402,8 +405,8 @@ if __name__ == '__main__':
     checkpoint = None  # free its memory
     print0(f'{raw_model.num_params():,} parameters on {device} in {dtype}, '
            f'{optimizer} with learning rate {learning_rate}')
-    print0(f'{tokens_per_step:,} tokens a step on {world_size} process{"es" if world_size > 1 else ""}, '
-           f'{meta["train_tokens"] / tokens_per_step:,.1f} steps an epoch')
+    print0(f'{tokens_per_step:,} tokens per step, {meta["train_tokens"] / tokens_per_step:,.1f} steps per '
+           f'epoch, {world_size} process{"es" if world_size > 1 else ""}')
     if extensions := beyond_gpt2(raw_model.config):
         print0(f"this model cannot be exported in GPT-2's format: it has {', '.join(extensions)}")
 
@@ -417,13 +420,15 @@ if __name__ == '__main__':
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
 
-    for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):  # SIGHUP: the terminal or ssh connection is gone
-        number = getattr(signal, name, None)  # Windows has no SIGHUP
-        if number and not eval_only and signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
-            signal.signal(number, on_signal)
+    if not eval_only:
+        signal.signal(signal.SIGINT, on_signal)
+        signal.signal(signal.SIGTERM, on_signal)
+        # the terminal or ssh connection is gone, which nohup ignores and Windows does not know
+        if hasattr(signal, 'SIGHUP') and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            signal.signal(signal.SIGHUP, on_signal)
 
-    def highest(number):
-        """The highest number of all ranks, for decisions that they take together."""
+    def max_over_ranks(number):
+        """The maximum over all ranks, for decisions that they take together."""
         number = torch.tensor(int(number))
         if ddp:
             dist.all_reduce(number, dist.ReduceOp.MAX)
@@ -431,14 +436,14 @@ if __name__ == '__main__':
 
     def stop_signal():
         """The signal that asks to stop, or 0."""
-        return highest(signals[0] if signals else 0)
+        return max_over_ranks(signals[0] if signals else 0)
 
     # -- evaluation and logging ---------------------------------------------------
 
     @torch.no_grad()
     def estimate_loss(split):
         """Mean loss over windows spread evenly over the split, the same each time. Every rank
-        evaluates its share. A signal cuts it short: torchrun kills what runs on for 30 seconds."""
+        evaluates its share. A signal cuts it short: torchrun kills workers 30 seconds later."""
         n_tokens = meta[f'{split}_tokens']
         count = max(1, min(eval_iters, (n_tokens - 1) // block_size // batch_size))
         starts = np.linspace(0, n_tokens - block_size - 1, count * batch_size).astype(np.int64)
@@ -448,7 +453,7 @@ if __name__ == '__main__':
         for i in range(rank, math.ceil(count / world_size) * world_size, world_size):
             if stop_signal():
                 return math.nan
-            # past the end too, since FSDP needs all ranks in every forward pass
+            # some ranks repeat a batch at the end, since FSDP needs all ranks in every forward pass
             x, y = load_windows(bins[split], meta['dtype'], starts[i % count], block_size, device)
             with autocast:
                 _, loss = eval_model(x, y)
@@ -461,7 +466,7 @@ if __name__ == '__main__':
         return total.item() / count
 
     def print_sample():
-        """Print text that the model generates after the end of a text, or the first character."""
+        """Print generated text that follows the end of a text, or the first character."""
         tok = get_tokenizer(meta['tokenizer'])
         start = torch.tensor([[tok.eot or 0]], device=device)
         raw_model.eval()
@@ -647,7 +652,8 @@ if __name__ == '__main__':
 
         # save when it is time, stop when a signal asks for it: all ranks at the same step
         stop = stop_signal()
-        if stop or highest(0 < save_interval * 60 < time.time() - saved_time):
+        save_due = time.time() - saved_time > save_interval * 60
+        if stop or save_interval and max_over_ranks(save_due):
             unsaved = save_all()
             saved_time = time.time()
         if stop:
