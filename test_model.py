@@ -1907,7 +1907,7 @@ def test_every_command_of_the_readme_runs(tmp_path):
     readme = (HERE / 'README.md').read_text(encoding='utf-8')
     blocks = re.findall(r'```sh\n(.*?)```', readme, re.DOTALL)
     lines = [line for block in blocks for line in block.replace('\\\n', ' ').splitlines()]
-    excluded = ('pip |torchrun|git |gpt2|nanoGPT|transformers|fineweb|openwebtext|--vs'
+    excluded = ('pip |llama|torchrun|git |gpt2|nanoGPT|transformers|fineweb|openwebtext|--vs'
                 '|--task=prepare$')
     cpu = ['--device=cpu']
     short = {'train.py': [*cpu, '--max_iters=2', '--lr_decay_iters=2', '--eval_iters=1'],
