@@ -985,5 +985,5 @@ if __name__ == '__main__':
             n_layer, n_head, n_embd, _ = PRETRAINED[init_from]
             config = GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
         elif init_from:
-            config = GPTConfig(**load_checkpoint(init_from)['model_args'])
+            config = from_checkpoint(load_checkpoint(init_from)).config
         print_layout(config, batch_size, dtype)

@@ -438,7 +438,7 @@ def fetch_with_retries(url, part):
     for attempt, pause in enumerate(PAUSES, 1):
         try:
             return fetch(url, part)
-        except requests.RequestException as error:
+        except (requests.RequestException, ValueError) as error:  # ValueError: a malformed address or header
             if attempt == len(PAUSES):
                 raise UserError(f'{url}: {attempt} attempts failed ({error}): run the same command '
                                 'again to resume') from None
@@ -743,9 +743,10 @@ def nanogpt_tokenizer(folder):
         chars = [itos[i] for i in range(len(itos))]
         if not len(set(chars)) == len(chars) > 0 or any(len(char) != 1 for char in chars):
             raise ValueError('itos does not map ids to different characters')
+        chars = ''.join(chars)
     except Exception as error:  # a damaged pickle can raise anything
         raise UserError(f'{path} is damaged or not from nanoGPT ({error!r}): replace it') from None
-    return dict(type='char', chars=''.join(chars))
+    return dict(type='char', chars=chars)
 
 
 if __name__ == '__main__':

@@ -702,16 +702,18 @@ class Server(http.server.BaseHTTPRequestHandler):
         body = self.files.get(name)
         if body is None or fault == 'busy' and number == 1:
             return self.send_error(404 if body is None else 500)
-        if fault == 'changed' and number > 1:
+        if fault in ('changed', 'mixed') and number > 1:
             body = body[::-1]
-        headers = {'ETag': f'"{hashlib.md5(body).hexdigest()}"', 'Content-Length': str(len(body))}
+        weak = 'W/' * (fault == 'weak')
+        headers = {'ETag': f'{weak}"{hashlib.md5(body).hexdigest()}"', 'Content-Length': str(len(body))}
         asked_range = re.fullmatch(r'bytes=(\d+)-', self.headers.get('Range', ''))
         code, start, end = 200, 0, len(body)
-        if asked_range and self.headers['If-Range'] == headers['ETag'] and fault != 'norange':
+        same = self.headers['If-Range'] == headers['ETag'] or fault == 'mixed'
+        if asked_range and same and fault != 'norange':
             code, start = 206, int(asked_range[1])
         if code == 206 and start >= len(body):
             return self.send_error(416)
-        if number == 1 and fault in ('cut', 'norange', 'changed', 'partial'):
+        if number == 1 and fault in ('cut', 'norange', 'changed', 'mixed', 'partial'):
             end = len(body) // 3  # the connection breaks there
         elif code == 206:
             if number == 2 and fault == 'partial':
@@ -751,34 +753,34 @@ def test_downloads_are_complete_or_refused(server, tmp_path):
     """An interrupted download resumes, also in a later run, and starts over if it cannot or the file has
     changed. A wrong file, an error page and half a file never get the file's name."""
     body = bytes(range(256)) * 4000
-    good = dict(fine=1, cut=2, norange=2, busy=2, partial=3, changed=2)  # and how often each is asked for
-    good['moved-1'] = 1
+    # and how many requests each takes
+    good = {'fine': 1, 'cut': 2, 'norange': 2, 'busy': 2, 'partial': 3, 'changed': 2, 'mixed': 3, 'moved-1': 1}
     bad = {'missing': '404', 'page': 'web page', 'many': 'does not say how long', 'endless': 'does not say',
            'short': 'received 1,024,000 of 1,024,007|IncompleteRead',
            'moved-2': f'corrupt .its sha256 is .*, not {hashlib.sha256(body).hexdigest()}'}
-    later = dict(half=bytes(1000) + body[1000:], long=body, old=body)
-    for name in (*good, *bad, 'new/moved-1', 'fine-half', 'fine-long', 'fine-old'):
+    etag = f'"{hashlib.md5(body).hexdigest()}"'
+    later = {'fine-half': (bytes(1000), etag, bytes(1000) + body[1000:]),
+             'fine-long': (body + b'x', etag, body), 'fine-old': (bytes(1000), '"other"', body), 'weak': (bytes(1000), f'W/{etag}', body)}
+    for name in (*good, *bad, *later, 'new/moved-1'):
         Server.files[name] = body
     Server.files['new/moved-2'] = body[:-1]
     del Server.files['missing']
     download({str(tmp_path / name): f'{server}/{name}' for name in good})
     for name, times in good.items():
-        expected = body[::-1] if name == 'changed' else body
+        expected = body[::-1] if name in ('changed', 'mixed') else body
         assert (tmp_path / name).read_bytes() == expected and Server.asked[name] == times, name
-    for name, part in dict(half=bytes(1000), long=body + b'x', old=bytes(1000)).items():
-        etag = 'other' if name == 'old' else hashlib.md5(body).hexdigest()
-        (tmp_path / f'fine-{name}.part').write_bytes(part)
-        (tmp_path / f'fine-{name}.part.etag').write_text(f'"{etag}"')
-        path = tmp_path / f'fine-{name}'
-        download({str(path): f'{server}/fine-{name}'})
-        assert path.read_bytes() == later[name], name
+    for name, (part, version, expected) in later.items():
+        (tmp_path / f'{name}.part').write_bytes(part)
+        (tmp_path / f'{name}.part.etag').write_text(version)
+        download({str(tmp_path / name): f'{server}/{name}'})
+        assert (tmp_path / name).read_bytes() == expected, name
     for name, message in bad.items():
         refuses(message, download, {str(tmp_path / name): f'{server}/{name}'})
     for message, url in (('sha256 is .*, not 00', f'{server}/fine'), ('3 attempts', 'http://127.0.0.1:9/nobody'),
                          ('use https', 'http://example.com/'), ('use https', 'http://localhost:x@example.com/')):
         refuses(message, download, {str(tmp_path / 'other'): url}, digest='00')
     left = {p.name for p in tmp_path.iterdir()}
-    assert left == {*good, 'fine-half', 'fine-long', 'fine-old', 'short.part', 'short.part.etag', '.lock'}
+    assert left == {*good, *later, 'short.part', 'short.part.etag', '.lock'}
 
 
 def shard(ids):
@@ -1045,7 +1047,7 @@ def test_checkpoints_that_would_corrupt_memory_are_refused(run, data, tmp_path):
         checkpoint = read_checkpoint(run)
         weights, state = checkpoint['model'], checkpoint['optimizer']['adamw']['state']
         state[0]['exp_avg'] = bad(state[0]['exp_avg'])
-        refuses("the optimizer state 'exp_avg' does not fit|not dense floating-point", resume, checkpoint)
+        refuses('the optimizer state does not fit|not dense floating-point', resume, checkpoint)
         weights['transformer.wpe.weight'] = bad(weights['transformer.wpe.weight'])
         refuses('not dense floating-point|do not fit its model_args', resume, checkpoint)
     resume(read_checkpoint(run))
@@ -1054,8 +1056,9 @@ def test_checkpoints_that_would_corrupt_memory_are_refused(run, data, tmp_path):
             content = old.read(entry)
             entry.compress_type = zipfile.ZIP_DEFLATED
             new.writestr(entry, content)
+            entry.external_attr = 0
     refuses('modified since it was saved', load_checkpoint, str(tmp_path / 'zip.pt'))
-    doubling = [[65, 65], *([256 + i, 256 + i] for i in range(31))]
+    doubling = [[65, 65], *([256 + i, 256 + i] for i in range(14))]
     refuses('a token of 16,384 bytes', get_tokenizer, dict(type='bpe', split=SPLIT, merges=doubling))
 
 
@@ -1474,18 +1477,18 @@ def test_a_frozen_process_is_reported_by_the_others(start, data, tmp_path):
 
 
 @linux_only
-def test_output_never_ends_a_run(start, data, tmp_path):
+def test_output_never_ends_a_run(start, run, data, tmp_path):
     """Ctrl-C ends 'tee' too: the run saves although nobody reads what it prints. A terminal may
     lack characters."""
-    out = tmp_path / 'naïve'
+    out = shutil.copytree(run, tmp_path / 'naïve')
     process = start('train.py', *TINY, f'--dataset={data}', f'--out_dir={out}', '--max_iters=1e6',
-                    '--init_from=auto', env=dict(os.environ, PYTHONIOENCODING='ascii'))
-    read_until(process, 'iter 3')
+                    '--eval_interval=1000000', '--init_from=resume',
+                    env=dict(os.environ, PYTHONIOENCODING='ascii'))
+    assert 'na?ve' in read_until(process, 'iter 8')
     process.stdout.close()
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
-    step = read_checkpoint(out)['iter_num']
-    assert step > 3 and step % 3  # not saved by an evaluation, which come every 3 steps
+    assert read_checkpoint(out)['iter_num'] > 8
 
 
 def test_a_signal_cuts_an_evaluation_short(data, tmp_path, monkeypatch):
@@ -1525,13 +1528,15 @@ def test_a_run_keeps_its_data(run, data, tmp_path, monkeypatch):
     """Preparing the dataset again during a run does not change what the run reads."""
     shutil.copytree(data, tmp_path / 'set')
     (tmp_path / 'other.txt').write_text(TEXT[::-1])
+    out = tmp_path / 'out'
     clip = torch.nn.utils.clip_grad_norm_
 
     def prepare_again(*args):
+        hold = [sys.executable, '-c', 'import sys, prepare; prepare.lock_folder(sys.argv[1])', out]
+        assert subprocess.run(hold, cwd=HERE, stderr=subprocess.PIPE).returncode  # the run has the lock
         prepare.prepare(str(tmp_path / 'set'), str(tmp_path / 'other.txt'), 'char')
         return clip(*args)
     monkeypatch.setattr(torch.nn.utils, 'clip_grad_norm_', prepare_again)
-    out = tmp_path / 'out'
     main('train.py', *TINY, f'--dataset={tmp_path / "set"}', f'--out_dir={out}')
     assert losses(out) == losses(run)
     # on another dataset the best model so far is no longer the best
@@ -1542,7 +1547,7 @@ def test_a_run_keeps_its_data(run, data, tmp_path, monkeypatch):
     main('train.py', *args, f'--dataset={data}')
     assert read_checkpoint(out)['best_val_loss'] == 0.1
     main('train.py', *args, f'--dataset={tmp_path / "set"}')
-    assert 1 < read_checkpoint(out, 'best.pt')['best_val_loss'] < 9
+    assert read_checkpoint(out)['best_val_loss'] > 1
 
 
 def test_an_interrupted_replacement_leaves_nothing_to_load(data, tmp_path, monkeypatch, capsys):

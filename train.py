@@ -180,14 +180,16 @@ def load_optimizer(optimizer, saved):
     """Load the saved state, but keep the current settings, such as the weight decay."""
     params = [p for group in optimizer.param_groups for p in group['params']]
     state = {}
-    for i, entries in saved['state'].items():
-        for name, value in entries.items():
-            # fused kernels do not check these tensors: a wrong shape would corrupt memory
-            shape = () if name == 'step' else params[i].shape
-            if not torch.is_tensor(value) or value.shape != shape:
-                raise UserError(f'the optimizer state {name!r} does not fit the model: start a new run from '
-                                'its weights with --init_from=FILE')
-        state[i] = {name: shard_like(params[i], value) for name, value in entries.items()}
+    try:
+        for i, entries in saved['state'].items():
+            for name, value in entries.items():
+                # fused kernels do not check these tensors: a wrong shape would corrupt memory
+                if value.shape != (() if name == 'step' else params[i].shape):
+                    raise ValueError(f'{name} of shape {tuple(value.shape)}')
+            state[i] = {name: shard_like(params[i], value) for name, value in entries.items()}
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f'the optimizer state does not fit the model ({error}): start a new run from its '
+                        'weights with --init_from=FILE') from None
     optimizer.load_state_dict(optimizer.state_dict() | dict(state=state))
 
 
@@ -388,7 +390,7 @@ if __name__ == '__main__':
                             f'the same, or start over from its weights: --init_from={ckpt_path}')
         for name in optimizers:
             load_optimizer(optimizers[name], saved_optimizers[name])
-        if checkpoint['scaler']:
+        if checkpoint.get('scaler'):
             scaler.load_state_dict(checkpoint['scaler'])
         iter_num = checkpoint['iter_num']
         same_data = os.path.join(DATA, checkpoint['config'].get('dataset', ''))
