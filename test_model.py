@@ -753,14 +753,16 @@ def test_downloads_are_complete_or_refused(server, tmp_path):
     """An interrupted download resumes, also in a later run, and starts over if it cannot or the file has
     changed. A wrong file, an error page and half a file never get the file's name."""
     body = bytes(range(256)) * 4000
-    # and how many requests each takes
-    good = {'fine': 1, 'cut': 2, 'norange': 2, 'busy': 2, 'partial': 3, 'changed': 2, 'mixed': 3, 'moved-1': 1}
+    good = {'fine': 1, 'cut': 2, 'norange': 2, 'busy': 2, 'partial': 3, 'changed': 2, 'mixed': 3,
+            'moved-1': 1}  # and how many requests each takes
     bad = {'missing': '404', 'page': 'web page', 'many': 'does not say how long', 'endless': 'does not say',
            'short': 'received 1,024,000 of 1,024,007|IncompleteRead',
            'moved-2': f'corrupt .its sha256 is .*, not {hashlib.sha256(body).hexdigest()}'}
     etag = f'"{hashlib.md5(body).hexdigest()}"'
     later = {'fine-half': (bytes(1000), etag, bytes(1000) + body[1000:]),
-             'fine-long': (body + b'x', etag, body), 'fine-old': (bytes(1000), '"other"', body), 'weak': (bytes(1000), f'W/{etag}', body)}
+             'fine-long': (body + b'x', etag, body),
+             'fine-old': (bytes(1000), '"other"', body),
+             'weak': (bytes(1000), f'W/{etag}', body)}
     for name in (*good, *bad, *later, 'new/moved-1'):
         Server.files[name] = body
     Server.files['new/moved-2'] = body[:-1]
