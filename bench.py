@@ -75,7 +75,7 @@ plot = ''           # picture to write, such as curves.png; '': draw in the term
 seed = 1337
 device = 'auto'     # 'cpu', 'cuda', 'cuda:1', 'mps'; auto: the best available
 dtype = 'auto'      # 'float32', 'bfloat16', 'float16'; auto: the fastest, for quality float32
-compile = 'auto'    # torch.compile: True, False; auto: on CUDA, and for generate on a CPU
+compile = 'auto'    # torch.compile: True, False; auto: on CUDA
 quantize = ''       # 'int8': 8-bit weights, for all tasks but train
 
 HELLASWAG = 'https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl'
@@ -207,10 +207,12 @@ def measure_generation():
     """Time the first token, which includes reading the prompt, and the others."""
     model, _ = load_model()
     model_dtype = resolve_dtype(dtype, device)
-    compiled = device_type != 'mps' if compile == 'auto' else compile
-    if not rival:
-        optimize_for_generation(model, quantize == 'int8', compiled)
     model.to(device, getattr(torch, model_dtype)).eval()
+    compiled = device_type == 'cuda' if compile == 'auto' else compile
+    if compiled and not rival:
+        model.compile_blocks()
+    elif device == 'cpu' and not rival:
+        optimize_for_generation(model, quantize == 'int8')
     rows = batch_size or 1
     idx = torch.randint(min(model.config.vocab_size, 50257), (rows, prompt), device=device)
     options = dict(max_new_tokens=new_tokens, temperature=0.8, top_k=200)
@@ -292,10 +294,10 @@ def load_for_evaluation():
     if not init_from:
         raise UserError(f'task={task} needs a trained model: add --init_from=gpt2, for example')
     model, spec = load_model()
-    if quantize:
-        optimize_for_generation(model, int8=True)
     model_dtype = 'float32' if dtype == 'auto' else resolve_dtype(dtype, device)
     model.to(device, getattr(torch, model_dtype)).eval()
+    if quantize:
+        optimize_for_generation(model, int8=True)
     return model, rank_0_first(get_tokenizer, spec), spec
 
 

@@ -108,7 +108,8 @@ class CausalSelfAttention(nn.Module):
             cache[1, :, :, position] = v
             k, v = cache
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)
+        causal = mask is None and q.shape[2] > 1
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
         y = y.transpose(1, 2).reshape(x.shape)  # (B, T, C): the heads side by side again
         return self.resid_dropout(self.c_proj(y))
 
@@ -179,13 +180,14 @@ class GPT(nn.Module):
 
     def hidden(self, idx, cache=None, start=0):
         """Map ids (B, T), the first at position start, to the final hidden states (B, T, C).
-        A cache holds the keys and values of the tokens before start; these are added to it."""
+        A cache holds the keys and values of the tokens before start; these are added to it. If
+        start is a tensor, T is 1 and what the cache holds beyond start is masked."""
         T = idx.shape[1]
         length = T if cache is None else cache[0].shape[3]
         assert length <= self.config.block_size, f'{length} tokens exceed block_size'
         position = start + torch.arange(T, device=idx.device)
         mask = None
-        if cache is not None:  # (T, length): each token sees the cache up to its own position
+        if torch.is_tensor(start):
             mask = torch.arange(length, device=idx.device) <= position[:, None]
 
         x = self.transformer.wte(idx)  # (B, T, C)
@@ -311,11 +313,6 @@ def prefill(model, idx, cache):
     return model.lm_head(x[:, -1]).expand(B, -1)
 
 
-def decode_step(model, token, position, cache):
-    """Read one more token of each row, (B, 1): extend the cache, return the next logits."""
-    return model.lm_head(model.hidden(token, cache, position)[:, -1])
-
-
 def record_cuda_graph(step, *inputs):
     """Record the kernels that step launches. Replaying them takes one launch, not hundreds."""
     inputs = [x.clone() for x in inputs]  # the graph reads these, so each replay fills them
@@ -349,8 +346,9 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None
     window = idx[:, -block_size:]
     cache = new_cache(model, len(idx), min(block_size, window.shape[1] + max_new_tokens))
 
-    def decode(token, position):
-        return decode_step(model, token, position, cache)
+    def decode(token, position, cache=cache):
+        """Read one more token of each row, (B, 1): extend the cache, return the next logits."""
+        return model.lm_head(model.hidden(token, cache, position)[:, -1])
 
     # compiled and recorded steps need fixed shapes, so they attend to the whole masked cache
     fixed_shapes = model.compiled or device.type == 'cuda'
@@ -369,7 +367,7 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None
             logits = decode(window[:, -1:], torch.full((), length, device=device))
         else:
             used = [layer[:, :, :, :length + 1] for layer in cache]
-            logits = decode_step(model, window[:, -1:], length, used)
+            logits = decode(window[:, -1:], length, used)
         length = window.shape[1]
         token = sample_token(logits[:, :vocab_size], temperature, top_k, top_p)
         yield token
@@ -379,48 +377,21 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None
 GPT.generate = generate  # so that the network above stands alone
 
 
-# Faster linear layers for generation. Each token reads every weight, so memory bandwidth is
-# the limit, and on a CPU a matrix product with few rows reaches only part of it.
+# Faster linear layers for generation on a CPU. Each token reads every weight, so reading is what
+# takes the time.
 
 
-def has_few_rows(x):
-    return x.device.type == 'cpu' and x.numel() // x.shape[-1] <= 4
-
-
-def loop_product(x, weight):
-    """x W^T as one loop over W that serves all rows of x, for the compiler."""
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    rows = rows.as_strided(rows.shape, rows.stride())  # keeps the computation of x out of the loop
-    y = (weight[:, None] * rows).sum(-1).t()
-    return y.reshape(*x.shape[:-1], -1)
-
-
-def split_product(x, weight):
-    """x W^T with W in parts, so that every core reads some of it."""
-    out_features, in_features = weight.shape
-    cores = torch.get_num_threads()
-    parts = next((n for n in range(cores, 16 * cores) if out_features % n == 0), 1)
-    rows = x.reshape(1, -1, in_features).expand(parts, -1, -1)
-    y = rows @ weight.view(parts, -1, in_features).transpose(1, 2)  # (parts, rows, out / parts)
-    return y.transpose(0, 1).reshape(*x.shape[:-1], -1)
-
-
-class FastLinear(nn.Module):
-    """A linear layer that is faster for a few rows on a CPU."""
+class PackedLinear(nn.Module):
+    """A linear layer whose weights lie in memory in the order in which oneDNN reads them."""
 
     def __init__(self, linear):
         super().__init__()
-        self.weight = linear.weight
+        weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 1)
+        self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = linear.bias
 
     def forward(self, x):
-        if has_few_rows(x) and torch.compiler.is_compiling():
-            y = loop_product(x, self.weight)
-        elif has_few_rows(x) and x.dtype == torch.float32:
-            y = split_product(x, self.weight)
-        else:
-            return F.linear(x, self.weight, self.bias)
-        return y if self.bias is None else y + self.bias
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, 'none', [], '')
 
 
 class Int8Linear(nn.Module):
@@ -428,32 +399,31 @@ class Int8Linear(nn.Module):
 
     def __init__(self, linear):
         super().__init__()
-        weight = linear.weight.detach()
-        scale = (weight.abs().amax(dim=1) / 127).clamp(min=1e-30)
-        scale = scale.bfloat16().float()  # exact in bfloat16 too
-        steps = (weight / scale[:, None]).round().clamp(-127, 127).to(torch.int8)
+        weight = linear.weight.detach().float()
+        scale = (weight.abs().amax(dim=1) / 127).clamp(min=1e-30).bfloat16()
+        steps = (weight / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
         self.register_buffer('scale', scale)
         self.weight = nn.Parameter(steps, requires_grad=False)
         self.bias = linear.bias
 
     def forward(self, x):
-        if has_few_rows(x) and torch.compiler.is_compiling():
-            y = loop_product(x, self.weight) * self.scale
-            return y if self.bias is None else y + self.bias
-        weight = self.weight * self.scale[:, None].type_as(x)
-        return F.linear(x, weight, self.bias)
+        rows = x.flatten(0, -2).bfloat16()
+        y = torch._weight_int8pack_mm(rows, self.weight, self.scale).view(*x.shape[:-1], -1)
+        y = y.type_as(x)
+        return y if self.bias is None else y + self.bias
 
 
-def optimize_for_generation(model, int8=False, compile=False):
-    """Replace the linear layers by faster ones. The model can no longer be trained."""
-    linear_class = Int8Linear if int8 else FastLinear
+def optimize_for_generation(model, int8=False):
+    """Replace the linear layers of a model on a CPU by faster ones. It can no longer be trained."""
+    linear_class = Int8Linear if int8 else PackedLinear
+    bfloat16 = model.lm_head.weight.dtype == torch.bfloat16
+    onednn = torch.backends.mkldnn.is_available()
+    if not int8 and not (onednn and (torch.ops.mkldnn._is_mkldnn_bf16_supported() or not bfloat16)):
+        return
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.Linear):
                 setattr(module, name, linear_class(child))
-    if compile:
-        model.compile_blocks()
-        model.lm_head.compile()
 
 
 # -----------------------------------------------------------------------------

@@ -33,8 +33,8 @@ interactive = False    # read one prompt after another: Ctrl-C ends a text, Ctrl
 seed = 1337            # random seed: change it for different text
 device = 'auto'        # 'cpu', 'cuda', 'cuda:1', 'mps'; auto: the best available
 dtype = 'auto'         # 'float32', 'bfloat16', 'float16'; auto: float32 on a CPU
-quantize = ''          # 'int8': 8-bit weights, faster on a CPU when compiled
-compile = 'auto'       # torch.compile: True, False; auto: for long texts, and for int8
+quantize = ''          # 'int8': 8-bit weights, faster on a CPU
+compile = 'auto'       # torch.compile: True, False; auto: for long texts on CUDA
 
 
 class TextStream:
@@ -87,7 +87,7 @@ def write_samples(model, tok, prompt, num_samples):
 
     begin = time.time()
     count = 0
-    idx = torch.tensor([ids] * num_samples, device=model.lm_head.weight.device)
+    idx = torch.tensor([ids] * num_samples, device=model.transformer.wte.weight.device)
     for tokens in model.generate(idx, max_new_tokens, temperature, top_k, top_p, tok.n_vocab):
         for i, token in enumerate(tokens.tolist()):
             text = streams[i].feed(tok.decode_bytes([token]))
@@ -131,13 +131,17 @@ if __name__ == '__main__':
         trained = f"step {checkpoint['iter_num']}, val loss {checkpoint['best_val_loss']:.4f}, "
     print(f"{checkpoint['path']}: {trained}{model.num_params():,} parameters, on {device} in {dtype}",
           file=sys.stderr)
-    if compile == 'auto':  # takes half a minute, then up to twice as fast
-        bytes_read = max_new_tokens * model.num_params() * getattr(torch, dtype).itemsize
-        compile = device != 'mps' and (quantize == 'int8' or bytes_read > 2e12)
-        if compile:
-            torch._dynamo.config.suppress_errors = True  # where it fails, go on without it
-    optimize_for_generation(model, quantize == 'int8', compile)
+    if quantize and device != 'cpu':
+        raise UserError(f'quantize={quantize} is for CPUs: add --device=cpu')
     model.to(device, getattr(torch, dtype)).eval()
+    if compile == 'auto':  # takes half a minute
+        bytes_read = max_new_tokens * model.num_params() * getattr(torch, dtype).itemsize
+        compile = device.startswith('cuda') and bytes_read > 2e12
+        torch._dynamo.config.suppress_errors = True  # where it fails, go on without it
+    if compile:
+        model.compile_blocks()
+    elif device == 'cpu':
+        optimize_for_generation(model, quantize == 'int8')
     torch.manual_seed(seed)
     if not interactive:
         write_samples(model, tok, prompt, num_samples)
