@@ -16,6 +16,7 @@ import contextlib
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import sys
@@ -101,16 +102,18 @@ class CausalSelfAttention(nn.Module):
             k = rotate(k, rotation)
         return q, k, v
 
-    def forward(self, x, rotation=None, cache=None, position=None, mask=None):
+    def forward(self, x, rotation=None, cache=None, place=None, mask=None):
         q, k, v = self.queries_keys_values(x, rotation)
+        dtype = q.dtype
         if cache is not None:  # generating: store the new keys and values, attend to all tokens so far
-            cache[0, :, :, position] = k
-            cache[1, :, :, position] = v
-            k, v = cache
+            keys, values = cache
+            keys[:, :, place] = k
+            values[:, :, place] = v
+            q, k, v = q.to(keys.dtype), keys, values
         dropout = self.dropout if self.training else 0.0
-        causal = mask is None and q.shape[2] > 1
+        causal = mask is None and (cache is None or q.shape[2] > 1)  # one token sees all others
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
-        y = y.transpose(1, 2).reshape(x.shape)  # (B, T, C): the heads side by side again
+        y = y.transpose(1, 2).reshape(x.shape).to(dtype)  # (B, T, C): the heads side by side again
         return self.resid_dropout(self.c_proj(y))
 
 
@@ -186,8 +189,10 @@ class GPT(nn.Module):
         length = T if cache is None else cache[0].shape[3]
         assert length <= self.config.block_size, f'{length} tokens exceed block_size'
         position = start + torch.arange(T, device=idx.device)
+        place = slice(start, start + T)  # in the cache
         mask = None
         if torch.is_tensor(start):
+            place = position
             mask = torch.arange(length, device=idx.device) <= position[:, None]
 
         x = self.transformer.wte(idx)  # (B, T, C)
@@ -204,7 +209,7 @@ class GPT(nn.Module):
             if self.recompute_activations and torch.is_grad_enabled():
                 x = activation_checkpoint(block, x, rotation, use_reentrant=False)
             else:
-                x = block(x, rotation, None if cache is None else cache[i], position, mask)
+                x = block(x, rotation, None if cache is None else cache[i], place, mask)
         return self.transformer.ln_f(x)
 
     def forward(self, idx, targets=None):
@@ -295,7 +300,9 @@ def new_cache(model, batch_size, length):
     """A tensor for each layer's keys and values: (2, batch_size, n_head, length, head size)."""
     config = model.config
     shape = 2, batch_size, config.n_head, length, config.n_embd // config.n_head
-    return [model.transformer.wte.weight.new_zeros(shape) for _ in range(config.n_layer)]
+    weight = model.transformer.wte.weight
+    dtype = torch.float32 if weight.device.type == 'cpu' else weight.dtype  # attention is faster in it
+    return [weight.new_zeros(shape, dtype=dtype) for _ in range(config.n_layer)]
 
 
 def prefill(model, idx, cache):
@@ -334,7 +341,7 @@ def record_cuda_graph(step, *inputs):
     return replay
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, vocab_size=None):
     """Continue each row of idx (B, T): yields the next token of every row, (B,), max_new_tokens
     times. Ids from vocab_size up (padding) are never chosen.
@@ -414,12 +421,17 @@ class Int8Linear(nn.Module):
 
 
 def optimize_for_generation(model, int8=False):
-    """Replace the linear layers of a model on a CPU by faster ones. It can no longer be trained."""
-    linear_class = Int8Linear if int8 else PackedLinear
-    bfloat16 = model.lm_head.weight.dtype == torch.bfloat16
-    onednn = torch.backends.mkldnn.is_available()
-    if not int8 and not (onednn and (torch.ops.mkldnn._is_mkldnn_bf16_supported() or not bfloat16)):
+    """Replace the linear layers of a model on a CPU with faster ones, where the CPU has them. The model
+    can no longer be trained."""
+    weight = model.lm_head.weight
+    if int8 and weight.device.type != 'cpu':
+        raise UserError(f"quantize='int8' needs a CPU, not {weight.device}: add --device=cpu")
+    packs = platform.machine() in ('x86_64', 'AMD64') and torch.backends.mkldnn.is_available()
+    if weight.dtype == torch.bfloat16:
+        packs = packs and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if not int8 and not packs:
         return
+    linear_class = Int8Linear if int8 else PackedLinear
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.Linear):

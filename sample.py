@@ -131,17 +131,15 @@ if __name__ == '__main__':
         trained = f"step {checkpoint['iter_num']}, val loss {checkpoint['best_val_loss']:.4f}, "
     print(f"{checkpoint['path']}: {trained}{model.num_params():,} parameters, on {device} in {dtype}",
           file=sys.stderr)
-    if quantize and device != 'cpu':
-        raise UserError(f'quantize={quantize} is for CPUs: add --device=cpu')
     model.to(device, getattr(torch, dtype)).eval()
     if compile == 'auto':  # takes half a minute
         bytes_read = max_new_tokens * model.num_params() * getattr(torch, dtype).itemsize
         compile = device.startswith('cuda') and bytes_read > 2e12
         torch._dynamo.config.suppress_errors = True  # where it fails, go on without it
+    if quantize or device == 'cpu' and not compile:
+        optimize_for_generation(model, quantize == 'int8')
     if compile:
         model.compile_blocks()
-    elif device == 'cpu':
-        optimize_for_generation(model, quantize == 'int8')
     torch.manual_seed(seed)
     if not interactive:
         write_samples(model, tok, prompt, num_samples)
