@@ -189,11 +189,12 @@ class GPT(nn.Module):
         length = T if cache is None else cache[0].shape[3]
         assert length <= self.config.block_size, f'{length} tokens exceed block_size'
         position = start + torch.arange(T, device=idx.device)
-        place = slice(start, start + T)  # in the cache
-        mask = None
         if torch.is_tensor(start):
-            place = position
+            place = position  # in the cache
             mask = torch.arange(length, device=idx.device) <= position[:, None]
+        else:
+            place = slice(start, start + T)
+            mask = None
 
         x = self.transformer.wte(idx)  # (B, T, C)
         rotation = None
