@@ -436,6 +436,7 @@ def draw_curves():
     margin = (max(losses) - min(losses)) / 20 or 0.1
     draw = draw_picture if plot else draw_in_terminal
     draw(curves, min(losses) - margin, max(losses) + margin)
+    print('best val loss:')
     return {name: min(y for _, y in points['val']) for name, points in curves.items()}
 
 
@@ -451,6 +452,7 @@ def draw_picture(curves, low, high):
     axes.xaxis.set_major_formatter('{x:,.0f}')
     axes.legend()
     figure.savefig(plot, dpi=100)
+    print(f'wrote {plot}')
 
 
 def draw_in_terminal(curves, low, high, width=70, height=20):

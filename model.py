@@ -10,7 +10,7 @@ $ python model.py                                  # GPT-2 124M
 $ python model.py --n_layer=24 --n_head=16 --n_embd=1024 --batch_size=4
 $ python model.py --init_from=gpt2-xl --batch_size=1        # memory to train it
 $ python model.py --init_from=out-shakespeare --trace="To be" --layer=1 --head=2
-$ python model.py --init_from=out-mine --export_dir=out-mine-hf
+$ python model.py --init_from=out-plain --export_dir=out-plain-hf
 """
 import contextlib
 import json
@@ -745,7 +745,7 @@ def to_huggingface(checkpoint, folder):
     config = model.config
     if extensions := beyond_gpt2(config):
         raise UserError(f"GPT-2's format cannot hold a model with {', '.join(extensions)}: "
-                        'use --export_onnx=FILE')
+                        'train one without, or use --export_onnx=FILE')
     tok = get_tokenizer(checkpoint['tokenizer'])
     tensors = {}
     for name, w in model.named_parameters():  # names the tied matrix once, as wte
@@ -782,7 +782,8 @@ def to_onnx(model, path):
     shapes = dict(idx={0: 'batch', 1: 'time'})
     torch.onnx.export(model, (torch.zeros(2, 2, dtype=torch.long),), path, input_names=['idx'],
                       output_names=['logits'], dynamic_shapes=shapes, dynamo=True, verbose=False)
-    print(f'wrote {path}: idx (batch, time) -> logits (batch, time, vocabulary)')
+    data = f' and {path}.data' if os.path.exists(path + '.data') else ''
+    print(f'wrote {path}{data}: idx (batch, time) -> logits (batch, time, vocabulary)')
 
 
 # -----------------------------------------------------------------------------
@@ -849,8 +850,8 @@ def trace_text(model, tok, text, layer, head):
     future = torch.ones(T, T, dtype=torch.bool).triu(1)
     weights = scores.masked_fill(future, -math.inf).softmax(dim=-1)
     first = max(0, T - 16)  # as many as fit 80 columns
-    print(f'\nlayer {layer}, head {head}: percent of its attention that each token (row) gives to '
-          f'itself\nand to earlier ones (columns)\n{"":<16}' + ''.join(f'{i:>4}' for i in range(first, T)))
+    print(f'\nlayer {layer}, head {head}: percent of attention from each token (row) to each (column),'
+          f'\nfor the last {T - first} of {T} tokens\n{"":<16}' + ''.join(f'{i:>4}' for i in range(first, T)))
     for i in range(first, T):
         shares = ''.join(f'{100 * weight:>4.0f}' for weight in weights[i, first:i + 1])
         print(f'{i:>4} {show(ids[i], 11)}{shares}')
@@ -862,7 +863,7 @@ def trace_text(model, tok, text, layer, head):
         print(f'{i:>4} {show(ids[i], 11)} {show(ids[i + 1], 11)}{chances[i]:>8.1%}'
               f'{-chances[i].log():>9.3f}')
 
-    print('\nblock  norm of the stream  next token, if this block were the last')
+    print('\nblock  norm of the stream  token after the text, if this block were the last')
     for i in range(model.config.n_layer):
         _, x = records[f'h.{i}']
         guess = model.lm_head(model.transformer.ln_f(x[0, -1]))[:tok.n_vocab]

@@ -752,7 +752,7 @@ def nanogpt_tokenizer(folder):
 if __name__ == '__main__':
     configure(globals())
     prepare(dataset, source, tokenizer, vocab_size, val_fraction, shards)
-    if dataset not in DATASETS:
+    if dataset not in DATASETS and tokenizer in ('', 'char', 'gpt2', 'bpe'):
         name = os.path.basename(dataset.rstrip('/'))
         arguments = shlex.join([f'--dataset={dataset}', f'--out_dir=out-{name}'])
         print(f'Train on it with\npython train.py config/train_shakespeare.py {arguments}')

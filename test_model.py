@@ -657,7 +657,7 @@ def test_a_tokenizer_outlives_its_dataset(run, data, tmp_path, monkeypatch, caps
     for name in (run, run / 'ckpt.pt', 'set', data, data / 'meta.json'):
         assert prepare.make_spec(str(name), [], 0) == expected
     refuses('is not char, bpe, gpt2, .*, a dataset', prepare.make_spec, 'nothing', [], 0)
-    main('prepare.py', f'--dataset={tmp_path}/set', f'--source={data.parent}/input.txt', f'--tokenizer={run}')
+    main('prepare.py', f'--dataset={tmp_path}/set', f'--source={data.parent}/input.txt', '--tokenizer=char')
     assert f'train.py config/train_shakespeare.py --dataset={tmp_path}/set' in capsys.readouterr().out
     for split in ('train', 'val'):
         ids = np.fromfile(tmp_path / 'set' / f'{split}.bin', np.uint8)
