@@ -209,10 +209,8 @@ def measure_generation():
     model_dtype = resolve_dtype(dtype, device)
     model.to(device, getattr(torch, model_dtype)).eval()
     compiled = device_type == 'cuda' if compile == 'auto' else compile
-    if not rival and (quantize or device == 'cpu' and not compiled):
-        optimize_for_generation(model, quantize == 'int8')
-    if not rival and compiled:
-        model.compile_blocks()
+    if not rival:
+        optimize_for_generation(model, quantize == 'int8', compiled)
     rows = batch_size or 1
     idx = torch.randint(min(model.config.vocab_size, 50257), (rows, prompt), device=device)
     options = dict(max_new_tokens=new_tokens, temperature=0.8, top_k=200)

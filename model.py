@@ -421,16 +421,19 @@ class Int8Linear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-def optimize_for_generation(model, int8=False):
-    """Replace the linear layers of a model on a CPU with faster ones, where the CPU has them. The model
-    can no longer be trained."""
+def optimize_for_generation(model, int8=False, compile=False):
+    """Compile the model, or replace its linear layers with faster ones where the CPU has them. 8-bit
+    layers can also be compiled. The model can no longer be trained."""
+    if compile:
+        model.compile_blocks()
     weight = model.lm_head.weight
     if int8 and weight.device.type != 'cpu':
         raise UserError(f"quantize='int8' needs a CPU, not {weight.device}: add --device=cpu")
-    packs = platform.machine() in ('x86_64', 'AMD64') and torch.backends.mkldnn.is_available()
+    packs = (weight.device.type == 'cpu' and platform.machine() in ('x86_64', 'AMD64')
+             and torch.backends.mkldnn.is_available())
     if weight.dtype == torch.bfloat16:
         packs = packs and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if not int8 and not packs:
+    if not int8 and (compile or not packs):
         return
     linear_class = Int8Linear if int8 else PackedLinear
     for module in list(model.modules()):

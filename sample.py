@@ -136,10 +136,7 @@ if __name__ == '__main__':
         bytes_read = max_new_tokens * model.num_params() * getattr(torch, dtype).itemsize
         compile = device.startswith('cuda') and bytes_read > 2e12
         torch._dynamo.config.suppress_errors = True  # where it fails, go on without it
-    if quantize or device == 'cpu' and not compile:
-        optimize_for_generation(model, quantize == 'int8')
-    if compile:
-        model.compile_blocks()
+    optimize_for_generation(model, quantize == 'int8', compile)
     torch.manual_seed(seed)
     if not interactive:
         write_samples(model, tok, prompt, num_samples)

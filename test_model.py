@@ -16,6 +16,7 @@ import json
 import math
 import os
 import pickle
+import platform
 import re
 import runpy
 import shlex
@@ -489,8 +490,9 @@ def test_faster_models_generate_the_same(flags, monkeypatch):
     monkeypatch.setattr(torch, 'compile', partial(torch.compile, backend='eager'))
     idx = torch.randint(11, (2, 5))
     compiled, packed, int8 = tiny(**flags), tiny(**flags), tiny(**flags)
-    compiled.compile_blocks()
+    optimize_for_generation(compiled, compile=True)
     optimize_for_generation(packed)
+    assert isinstance(packed.lm_head, PackedLinear) or platform.machine() != 'x86_64'
     optimize_for_generation(int8, int8=True)
     for fast, slow in ((compiled, tiny(**flags)), (packed, tiny(**flags)), (int8, int8)):
         expected = slow_generate(slow, idx, 40, temperature=0)
@@ -776,8 +778,10 @@ def test_downloads_are_complete_or_refused(server, tmp_path):
         assert (tmp_path / name).read_bytes() == expected, name
     for name, message in bad.items():
         refuses(message, download, {str(tmp_path / name): f'{server}/{name}'})
-    for message, url in (('sha256 is .*, not 00', f'{server}/fine'), ('3 attempts', 'http://127.0.0.1:9/nobody'),
-                         ('use https', 'http://example.com/'), ('use https', 'http://localhost:x@example.com/')):
+    for message, url in (('sha256 is .*, not 00', f'{server}/fine'),
+                         ('3 attempts', 'http://127.0.0.1:9/nobody'),
+                         ('use https', 'http://example.com/'),
+                         ('use https', 'http://localhost:x@example.com/')):
         refuses(message, download, {str(tmp_path / 'other'): url}, digest='00')
     left = {p.name for p in tmp_path.iterdir()}
     assert left == {*good, *later, 'short.part', 'short.part.etag', '.lock'}
