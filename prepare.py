@@ -611,7 +611,9 @@ def make_spec(tokenizer, files, vocab_size):
             return dict(type='sp', model=base64.b64encode(file.read()).decode())
     if re.fullmatch('gpt2(-medium|-large|-xl)?', tokenizer):
         return dict(type='gpt2')
-    dataset = tokenizer.removesuffix('meta.json')
+    if tokenizer.endswith('.json') and os.path.exists(tokenizer):
+        return read_json(tokenizer).get('tokenizer') or {}
+    dataset = tokenizer.removesuffix('meta.pkl')
     for folder in (dataset, os.path.join(DATA, dataset)):
         spec = read_json(os.path.join(folder, 'meta.json')).get('tokenizer') or nanogpt_tokenizer(folder)
         if spec:

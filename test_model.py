@@ -652,11 +652,15 @@ def test_all_kinds_of_sources_give_the_same_bins(tmp_path, monkeypatch):
 
 
 def test_a_tokenizer_outlives_its_dataset(run, data, tmp_path, monkeypatch, capsys):
-    """--tokenizer takes a run, a checkpoint, a dataset's name, folder or meta.json. prepare.py says what to
-    do next, and what to do when nanoGPT's bins lie beside our meta.json."""
+    """--tokenizer takes a run, a checkpoint, a dataset's name or folder (also nanoGPT's), or a copy of its
+    meta file. prepare.py says what to do next, and what to do when nanoGPT's bins lie beside our
+    meta.json."""
     monkeypatch.setattr(prepare, 'DATA', str(data.parent))
     expected = json.loads((data / 'meta.json').read_text())['tokenizer']
-    for name in (run, run / 'ckpt.pt', 'set', data, data / 'meta.json'):
+    shutil.copy(data / 'meta.json', tmp_path / 'kept.json')
+    itos = dict(enumerate(expected['chars']))
+    (tmp_path / 'meta.pkl').write_bytes(pickle.dumps(dict(itos=itos)))
+    for name in (run, run / 'ckpt.pt', 'set', data, tmp_path / 'kept.json', tmp_path, tmp_path / 'meta.pkl'):
         assert prepare.make_spec(str(name), [], 0) == expected
     refuses('is not char, bpe, gpt2, .*, a dataset', prepare.make_spec, 'nothing', [], 0)
     main('prepare.py', f'--dataset={tmp_path}/set', f'--source={data.parent}/input.txt', '--tokenizer=char')
