@@ -209,6 +209,7 @@ def measure_generation():
     model_dtype = resolve_dtype(dtype, device)
     model.to(device, getattr(torch, model_dtype)).eval()
     compiled = device_type == 'cuda' if compile == 'auto' else compile
+    parameters = sum(p.numel() for p in model.parameters())
     if not rival:
         optimize_for_generation(model, quantize == 'int8', compiled)
     rows = batch_size or 1
@@ -230,7 +231,7 @@ def measure_generation():
     rounds = [write() for _ in range(repeats)]
     if profile:
         print_profile(write)
-    result = dict(dtype=model_dtype, weights=sum(p.nbytes for p in model.parameters()))
+    result = dict(dtype=model_dtype, parameters=parameters)
     result['tokens_per_second'] = [rows * new_tokens / (t[-1] - t[0]) for t in rounds]
     if not rival and new_tokens > 1:
         result['first_token_ms'] = [1000 * (t[1] - t[0]) for t in rounds]

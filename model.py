@@ -22,6 +22,7 @@ import shutil
 import sys
 import textwrap
 import unicodedata
+import warnings
 import zipfile
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -248,24 +249,75 @@ class GPT(nn.Module):
         attention = self.config.n_layer * self.config.n_embd * self.config.block_size
         return 6 * sum(p.numel() for p in matrices) + 12 * attention
 
-    def configure_optimizers(self, kind, weight_decay, learning_rate, betas):
-        """{'adamw': AdamW for all parameters}; with kind='muon', Muon takes the blocks'
-        matrices. Matrices decay, biases and norms do not. Muon's update is scaled to the usual
-        size of AdamW's, so that one learning rate serves both."""
-        muon_params = []
-        if kind == 'muon':
-            muon_params = [p for p in self.transformer.h.parameters() if p.dim() == 2]
-        taken = set(muon_params)
-        matrices = [p for p in self.parameters() if p.dim() == 2 and p not in taken]
-        vectors = [p for p in self.parameters() if p.dim() < 2]
-        groups = [dict(params=matrices, weight_decay=weight_decay),
-                  dict(params=vectors, weight_decay=0.0)]
-        optimizers = dict(adamw=torch.optim.AdamW(groups, learning_rate, betas, fused=True))
-        if muon_params:
-            optimizers['muon'] = torch.optim.Muon(
-                muon_params, learning_rate, weight_decay, momentum=betas[0],
-                adjust_lr_fn='match_rms_adamw')
-        return optimizers
+
+# -----------------------------------------------------------------------------
+# optimizers
+
+
+def orthogonalize(x):
+    """For each matrix of a stack, roughly the nearest one whose singular values are all 1. Each
+    Newton-Schulz step takes an odd polynomial of them, which moves those in (0, 1] towards 1."""
+    if x.is_cuda:
+        x = x.bfloat16()  # precise enough
+    tall = x.shape[-2] > x.shape[-1]
+    if tall:
+        x = x.mT
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # no singular value above 1
+    for _ in range(5):
+        a = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum for matrices, with an orthogonalized update: it moves all directions equally, not
+    only the few that dominate the gradient. The matrices of a group have the same shape, and
+    consist of as many independent parts as it says: c_attn is queries, keys and values."""
+
+    def __init__(self, groups, lr, weight_decay, momentum):
+        super().__init__(groups, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            parts = []
+            for p in group['params']:
+                state = self.state[p]
+                if not state:
+                    state['momentum_buffer'] = torch.zeros_like(p)
+                mean = state['momentum_buffer']
+                mean.lerp_(p.grad, 1 - group['momentum'])
+                update = p.grad.lerp(mean, group['momentum'])  # Nesterov's momentum
+                parts.extend(update.chunk(group['parts']))
+            parts = orthogonalize(torch.stack(parts))
+            size = 0.2 * math.sqrt(max(parts.shape[-2:]))  # the usual size of AdamW's updates
+            updates = parts.reshape(-1, *p.shape)
+            for p, update in zip(group['params'], updates, strict=True):
+                p.mul_(1 - group['lr'] * group['weight_decay'])
+                p.add_(update, alpha=-group['lr'] * size)
+
+
+def configure_optimizers(model, kind, weight_decay, learning_rate, betas):
+    """{'adamw': AdamW for all parameters}; with kind='muon', Muon takes the blocks' matrices.
+    Matrices decay, biases and norms do not. One learning rate serves both."""
+    optimizers = {}
+    blocks = model.transformer.h
+    if kind == 'muon':
+        groups = [dict(params=[block.attn.c_attn.weight for block in blocks], parts=3),
+                  dict(params=[block.attn.c_proj.weight for block in blocks], parts=1),
+                  dict(params=[block.mlp.c_fc.weight for block in blocks], parts=1),
+                  dict(params=[block.mlp.c_proj.weight for block in blocks], parts=1)]
+        optimizers['muon'] = Muon(groups, learning_rate, weight_decay, momentum=betas[0])
+    taken = {p for optimizer in optimizers.values() for g in optimizer.param_groups for p in g['params']}
+    matrices = [p for p in model.parameters() if p.dim() == 2 and p not in taken]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [dict(params=matrices, weight_decay=weight_decay),
+              dict(params=vectors, weight_decay=0.0)]
+    optimizers['adamw'] = torch.optim.AdamW(groups, learning_rate, betas, fused=True)
+    return optimizers
+
+
+GPT.configure_optimizers = configure_optimizers
 
 
 # -----------------------------------------------------------------------------
@@ -402,14 +454,20 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, 'none', [], '')
 
 
-class Int8Linear(nn.Module):
-    """A linear layer with 8-bit weights: each row in steps of 1/127 of its largest weight."""
+def round_to_int8(weight):
+    """Each row of a matrix in steps of 1/127 of its largest weight: int8 steps and their sizes."""
+    weight = weight.detach().float()
+    scale = (weight.abs().amax(dim=1) / 127).clamp(min=1e-30).bfloat16()
+    steps = (weight / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
+    return steps, scale
+
+
+class Int8WeightLinear(nn.Module):
+    """A linear layer with 8-bit weights."""
 
     def __init__(self, linear):
         super().__init__()
-        weight = linear.weight.detach().float()
-        scale = (weight.abs().amax(dim=1) / 127).clamp(min=1e-30).bfloat16()
-        steps = (weight / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
+        steps, scale = round_to_int8(linear.weight)
         self.register_buffer('scale', scale)
         self.weight = nn.Parameter(steps, requires_grad=False)
         self.bias = linear.bias
@@ -417,6 +475,31 @@ class Int8Linear(nn.Module):
     def forward(self, x):
         rows = x.flatten(0, -2).bfloat16()
         y = torch._weight_int8pack_mm(rows, self.weight, self.scale).view(*x.shape[:-1], -1)
+        y = y.type_as(x)
+        return y if self.bias is None else y + self.bias
+
+
+class Int8Linear(nn.Module):
+    """A linear layer with 8-bit weights that also rounds its input to 8 bits and multiplies
+    integers: almost twice as fast. FBGEMM rounds all rows of the input in steps of one size, so
+    rows are first scaled to the same size: a large one would turn the others into zeros."""
+
+    def __init__(self, linear):
+        super().__init__()
+        steps, scale = round_to_int8(linear.weight)
+        zero_points = torch.zeros(len(scale), dtype=torch.long)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # torch warns that it will drop quantized tensors
+            weight = torch._make_per_channel_quantized_tensor(steps, scale.double(), zero_points, 0)
+        self.packed = torch.ops.quantized.linear_prepack(weight, None)
+        self.bias = linear.bias
+
+    def forward(self, x):
+        if x.shape[:-1].numel() == 1:
+            y = torch.ops.quantized.linear_dynamic(x.float(), self.packed)
+        else:
+            size = x.abs().amax(dim=-1, keepdim=True).float().clamp(min=1e-30)
+            y = torch.ops.quantized.linear_dynamic(x / size, self.packed) * size
         y = y.type_as(x)
         return y if self.bias is None else y + self.bias
 
@@ -433,9 +516,12 @@ def optimize_for_generation(model, int8=False, compile=False):
              and torch.backends.mkldnn.is_available())
     if weight.dtype == torch.bfloat16:
         packs = packs and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if not int8 and (compile or not packs):
+    if int8:  # without VNNI instructions, FBGEMM's sums of products can overflow
+        linear_class = Int8Linear if torch.cpu._is_vnni_supported() else Int8WeightLinear
+    elif packs and not compile:
+        linear_class = PackedLinear
+    else:
         return
-    linear_class = Int8Linear if int8 else PackedLinear
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.Linear):
