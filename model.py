@@ -280,8 +280,11 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
+            params = [p for p in group['params'] if p.grad is not None]
+            if not params:
+                continue
             parts = []
-            for p in group['params']:
+            for p in params:
                 state = self.state[p]
                 if not state:
                     state['momentum_buffer'] = torch.zeros_like(p)
@@ -292,7 +295,7 @@ class Muon(torch.optim.Optimizer):
             parts = orthogonalize(torch.stack(parts))
             size = 0.2 * math.sqrt(max(parts.shape[-2:]))  # the usual size of AdamW's updates
             updates = parts.reshape(-1, *p.shape)
-            for p, update in zip(group['params'], updates, strict=True):
+            for p, update in zip(params, updates, strict=True):
                 p.mul_(1 - group['lr'] * group['weight_decay'])
                 p.add_(update, alpha=-group['lr'] * size)
 
