@@ -18,6 +18,7 @@ import platform
 import re
 import sys
 import textwrap
+import time
 import traceback
 from functools import partial
 
@@ -216,6 +217,25 @@ def resolve_device(device):
     return device
 
 
+def is_bfloat16_faster():
+    """Time matrix products in both dtypes: bfloat16 takes half as long as float32 on some CPUs that
+    have it, and twice as long on others. One thread and many short products make this repeatable."""
+    import torch
+    if not torch.cpu._is_avx512_bf16_supported():
+        return False
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    seconds = {torch.float32: [], torch.bfloat16: []}
+    for _ in range(20):
+        for dtype, times in seconds.items():
+            x = torch.ones(256, 256, dtype=dtype)
+            begin = time.perf_counter()
+            x @ x
+            times.append(time.perf_counter() - begin)
+    torch.set_num_threads(threads)
+    return min(seconds[torch.bfloat16]) < 0.8 * min(seconds[torch.float32])
+
+
 def resolve_dtype(dtype, device, width=0):
     """The dtype to compute in, for 'auto' the fastest for training at this width (n_embd)."""
     import torch
@@ -224,7 +244,7 @@ def resolve_dtype(dtype, device, width=0):
         if device.startswith('cuda'):  # a T4 emulates bfloat16, which is slow
             native = torch.cuda.is_bf16_supported(including_emulation=False)
             dtype = 'bfloat16' if native else 'float16'
-        elif device == 'cpu' and width >= 256 and torch.cpu._is_avx512_bf16_supported():
+        elif device == 'cpu' and width >= 256 and is_bfloat16_faster():
             dtype = 'bfloat16'  # slower than float32 in narrower models
     check(dict(dtype=dtype), "dtype in ('float32', 'bfloat16', 'float16')")
     if dtype == 'float16' and not device.startswith('cuda'):

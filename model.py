@@ -154,6 +154,21 @@ class Block(nn.Module):
         return x
 
 
+def mean_loss(logits, targets):
+    """The mean cross entropy in float32, where targets are not -1. With a large vocabulary nothing
+    takes more memory than float32 logits, so convert 32 MB at a time, once more in the backward
+    pass. The compiler needs no such help."""
+    rows = 2**23 // logits.shape[1]
+    if len(logits) <= rows or torch.compiler.is_compiling():
+        return F.cross_entropy(logits.float(), targets, ignore_index=-1)
+
+    def total_loss(logits, targets):
+        return F.cross_entropy(logits.float(), targets, ignore_index=-1, reduction='sum')
+    parts = zip(logits.split(rows), targets.split(rows), strict=True)
+    losses = [activation_checkpoint(total_loss, *part, use_reentrant=False) for part in parts]
+    return torch.stack(losses).sum() / (targets >= 0).sum()
+
+
 class GPT(nn.Module):
     """Token ids in; out, at every position, a score (logit) for each possible next token."""
     recompute_activations = False  # recompute blocks in the backward pass: less memory, slower
@@ -220,8 +235,7 @@ class GPT(nn.Module):
         logits = self.lm_head(self.hidden(idx))
         if targets is None:
             return logits, None
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
-        return logits, loss
+        return logits, mean_loss(logits.flatten(0, 1), targets.flatten())
 
     def compile_blocks(self):
         """Compile block by block: the blocks are alike, so all share one compilation."""

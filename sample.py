@@ -33,7 +33,7 @@ interactive = False    # read one prompt after another: Ctrl-C ends a text, Ctrl
 seed = 1337            # random seed: change it for different text
 device = 'auto'        # 'cpu', 'cuda', 'cuda:1', 'mps'; auto: the best available
 dtype = 'auto'         # 'float32', 'bfloat16', 'float16'; auto: float32 on a CPU
-quantize = ''          # 'int8': 8-bit weights, faster on a CPU
+quantize = ''          # 'int8': 8-bit arithmetic, faster on a CPU
 compile = 'auto'       # torch.compile: True, False; auto: for long texts on CUDA
 
 

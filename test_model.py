@@ -353,15 +353,24 @@ def test_reading_and_scoring_share_one_matrix():
                                untied.transformer.wte.weight.grad + untied.lm_head.weight.grad)
 
 
-def test_loss_is_mean_negative_log_probability():
-    """Targets of -1 do not count."""
+@pytest.mark.parametrize('vocab_size', (11, 2**20))
+def test_loss_is_mean_negative_log_probability(vocab_size):
+    """Targets of -1 do not count. The gradient is the probabilities minus the correct answer. With a
+    large vocabulary the loss is computed in parts."""
     idx, targets = torch.randint(11, (2, 2, 8))
     targets[0, :3] = -1
-    logits, loss = tiny()(idx, targets)
+    logits, loss = tiny(vocab_size=vocab_size, n_embd=4)(idx, targets)
+    logits.retain_grad()
+    loss.backward()
     p = logits.exp() / logits.exp().sum(-1, keepdim=True)
-    expected = [-math.log(p[b, t, targets[b, t]].item())
-                for b in range(2) for t in range(8) if targets[b, t] >= 0]
+    counted = (targets >= 0).nonzero().tolist()
+    expected = [-math.log(p[b, t, targets[b, t]].item()) for b, t in counted]
     assert loss.item() == pytest.approx(sum(expected) / 13, rel=1e-5)
+    gradient = torch.zeros_like(p)
+    for b, t in counted:
+        gradient[b, t] = p[b, t] / 13
+        gradient[b, t, targets[b, t]] -= 1 / 13
+    torch.testing.assert_close(logits.grad, gradient)
 
 
 # Learning.
@@ -1275,11 +1284,12 @@ def test_help_shows_every_setting(capsys):
 
 
 def test_device_and_dtype_are_honored_or_refused(monkeypatch):
-    """'auto' always works. It takes bfloat16 for wide models on CPUs that have it."""
+    """'auto' always works. It takes bfloat16 for wide models on CPUs where it is faster."""
     assert resolve_device('auto').split(':')[0] in DEVICES
-    for has_bf16, width, dtype in ((True, 256, 'bfloat16'), (True, 255, 'float32'),
+    assert configurator.is_bfloat16_faster() in (True, False)
+    for is_faster, width, dtype in ((True, 256, 'bfloat16'), (True, 255, 'float32'),
                                    (False, 256, 'float32')):
-        monkeypatch.setattr(torch.cpu, '_is_avx512_bf16_supported', partial(bool, has_bf16))
+        monkeypatch.setattr(configurator, 'is_bfloat16_faster', partial(bool, is_faster))
         assert resolve_dtype('auto', 'cpu', width) == dtype
     refuses('but this machine has', resolve_device, 'cuda:99')
     refuses("dtype='float64'", resolve_dtype, 'float64', 'cpu')
@@ -1340,7 +1350,7 @@ def test_a_new_run_keeps_the_old_one(run, data, tmp_path):
 def test_the_checkpoint_decides_sizes_and_dtype(run, data, tmp_path, monkeypatch, capsys):
     """Resuming ignores the settings of the model's shape. dtype='auto' follows the real width.
     Finetuning crops to a smaller block_size."""
-    monkeypatch.setattr(torch.cpu, '_is_avx512_bf16_supported', lambda: True)
+    monkeypatch.setattr(configurator, 'is_bfloat16_faster', lambda: True)
     shutil.copytree(run, tmp_path / 'resumed')
     args = [arg for arg in TINY if arg not in SHAPE]  # the defaults are those of GPT-2
     args.append(f'--dataset={data}')
