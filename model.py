@@ -9,7 +9,7 @@ checkpoints in and out. Run it to see a model laid out, module by module:
 $ python model.py                                  # GPT-2 124M
 $ python model.py --n_layer=24 --n_head=16 --n_embd=1024 --batch_size=4
 $ python model.py --init_from=gpt2-xl --batch_size=1        # memory to train it
-$ python model.py --init_from=out-shakespeare --trace="To be" --layer=1 --head=2
+$ python model.py --init_from=out-shakespeare --trace="To be" --layer=1 --head=1
 $ python model.py --init_from=out-plain --export_dir=out-plain-hf
 """
 import contextlib
