@@ -318,20 +318,21 @@ class Muon(torch.optim.Optimizer):
 def configure_optimizers(model, kind, weight_decay, learning_rate, betas):
     """{'adamw': AdamW for all parameters}; with kind='muon', Muon takes the blocks' matrices.
     Matrices decay, biases and norms do not. One learning rate serves both."""
-    optimizers = {}
     blocks = model.transformer.h
+    muon_groups = []
     if kind == 'muon':
-        groups = [dict(params=[block.attn.c_attn.weight for block in blocks], parts=3),
-                  dict(params=[block.attn.c_proj.weight for block in blocks], parts=1),
-                  dict(params=[block.mlp.c_fc.weight for block in blocks], parts=1),
-                  dict(params=[block.mlp.c_proj.weight for block in blocks], parts=1)]
-        optimizers['muon'] = Muon(groups, learning_rate, weight_decay, momentum=betas[0])
-    taken = {p for optimizer in optimizers.values() for g in optimizer.param_groups for p in g['params']}
+        muon_groups = [dict(params=[block.attn.c_attn.weight for block in blocks], parts=3),
+                       dict(params=[block.attn.c_proj.weight for block in blocks], parts=1),
+                       dict(params=[block.mlp.c_fc.weight for block in blocks], parts=1),
+                       dict(params=[block.mlp.c_proj.weight for block in blocks], parts=1)]
+    taken = {p for group in muon_groups for p in group['params']}
     matrices = [p for p in model.parameters() if p.dim() == 2 and p not in taken]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [dict(params=matrices, weight_decay=weight_decay),
               dict(params=vectors, weight_decay=0.0)]
-    optimizers['adamw'] = torch.optim.AdamW(groups, learning_rate, betas, fused=True)
+    optimizers = dict(adamw=torch.optim.AdamW(groups, learning_rate, betas, fused=True))
+    if muon_groups:
+        optimizers['muon'] = Muon(muon_groups, learning_rate, weight_decay, momentum=betas[0])
     return optimizers
 
 
