@@ -76,7 +76,7 @@ seed = 1337
 device = 'auto'     # 'cpu', 'cuda', 'cuda:1', 'mps'; auto: the best available
 dtype = 'auto'      # 'float32', 'bfloat16', 'float16'; auto: the fastest, for quality float32
 compile = 'auto'    # torch.compile: True, False; auto: on CUDA
-quantize = ''       # 'int8': 8-bit weights, for all tasks but train
+quantize = ''       # 'int8': 8-bit arithmetic on a CPU, for all tasks but train
 
 HELLASWAG = 'https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl'
 
