@@ -154,19 +154,35 @@ class Block(nn.Module):
         return x
 
 
-def mean_loss(logits, targets):
-    """The mean cross entropy in float32, where targets are not -1. With a large vocabulary nothing
-    takes more memory than float32 logits, so convert 32 MB at a time, once more in the backward
-    pass. The compiler needs no such help."""
-    rows = 2**23 // logits.shape[1]
-    if len(logits) <= rows or torch.compiler.is_compiling():
-        return F.cross_entropy(logits.float(), targets, ignore_index=-1)
+class MeanLoss(torch.autograd.Function):
+    """The mean of -log p(target) where targets are not -1: logits (N, vocab_size) -> a number. With
+    a large vocabulary nothing takes more memory than logits in float32, so convert 32 MB at a time."""
 
-    def total_loss(logits, targets):
-        return F.cross_entropy(logits.float(), targets, ignore_index=-1, reduction='sum')
-    parts = zip(logits.split(rows), targets.split(rows), strict=True)
-    losses = [activation_checkpoint(total_loss, *part, use_reentrant=False) for part in parts]
-    return torch.stack(losses).sum() / (targets >= 0).sum()
+    @staticmethod
+    def parts(logits):
+        rows = 2**23 // logits.shape[1] + 1
+        return [slice(i, i + rows) for i in range(0, len(logits), rows)]
+
+    @staticmethod
+    def forward(ctx, logits, targets):
+        ctx.save_for_backward(logits, targets)
+        total = 0
+        for part in MeanLoss.parts(logits):
+            total += F.cross_entropy(logits[part].float(), targets[part], ignore_index=-1, reduction='sum')
+        return total / (targets >= 0).sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        """The gradient of one token's loss is its probabilities, minus 1 at the target."""
+        logits, targets = ctx.saved_tensors
+        counted = targets >= 0
+        scale = counted * grad / counted.sum()
+        gradient = torch.empty_like(logits)
+        for part in MeanLoss.parts(logits):
+            p = logits[part].float().softmax(dim=-1)
+            p[torch.arange(len(p), device=p.device), targets[part]] -= 1
+            gradient[part] = p.mul_(scale[part, None])
+        return gradient, None
 
 
 class GPT(nn.Module):
@@ -235,7 +251,10 @@ class GPT(nn.Module):
         logits = self.lm_head(self.hidden(idx))
         if targets is None:
             return logits, None
-        return logits, mean_loss(logits.flatten(0, 1), targets.flatten())
+        rows, targets = logits.flatten(0, 1), targets.flatten()
+        if torch.compiler.is_compiling():  # the compiler fuses these steps
+            return logits, F.cross_entropy(rows.float(), targets, ignore_index=-1)
+        return logits, MeanLoss.apply(rows, targets)
 
     def compile_blocks(self):
         """Compile block by block: the blocks are alike, so all share one compilation."""
