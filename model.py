@@ -168,7 +168,8 @@ class MeanLoss(torch.autograd.Function):
         ctx.save_for_backward(logits, targets)
         total = 0
         for part in MeanLoss.parts(logits):
-            total += F.cross_entropy(logits[part].float(), targets[part], ignore_index=-1, reduction='sum')
+            total += F.cross_entropy(logits[part].float(), targets[part], ignore_index=-1,
+                                     reduction='sum')
         return total / (targets >= 0).sum()
 
     @staticmethod

@@ -441,20 +441,21 @@ def test_muon_is_torchs_on_independent_matrices():
     model = tiny()
     muon = model.configure_optimizers('muon', 0.1, 1e-2, (0.9, 0.95))['muon']
     block = model.transformer.h[0]
-    fused = block.attn.c_attn.weight, block.attn.c_proj.weight, block.mlp.c_fc.weight, block.mlp.c_proj.weight
-    separate = [torch.nn.Parameter(part.detach().clone())
-                for w, parts in zip(fused, (3, 1, 1, 1), strict=True) for part in w.chunk(parts)]
-    reference = torch.optim.Muon(separate, 1e-2, 0.1, momentum=0.9, adjust_lr_fn='match_rms_adamw')
+    matrices = [block.attn.c_attn.weight, block.attn.c_proj.weight, block.mlp.c_fc.weight,
+                block.mlp.c_proj.weight]
+
+    def separate(c_attn, *others):
+        return [*c_attn.chunk(3), *others]
+    copies = [torch.nn.Parameter(w.detach().clone()) for w in separate(*matrices)]
+    reference = torch.optim.Muon(copies, 1e-2, 0.1, momentum=0.9, adjust_lr_fn='match_rms_adamw')
     for _ in range(3):
-        for p in muon.param_groups:
-            for w in p['params']:
-                w.grad = torch.randn_like(w)
-        grads = [part for w, parts in zip(fused, (3, 1, 1, 1), strict=True) for part in w.grad.chunk(parts)]
-        for w, grad in zip(separate, grads, strict=True):
-            w.grad = grad
+        for w in matrices:
+            w.grad = torch.randn_like(w)
+        for copy, grad in zip(copies, separate(*(w.grad for w in matrices)), strict=True):
+            copy.grad = grad
         muon.step()
         reference.step()
-    for ours, theirs in zip(fused, (torch.cat(separate[:3]), *separate[3:]), strict=True):
+    for ours, theirs in zip(separate(*matrices), copies, strict=True):
         torch.testing.assert_close(ours, theirs, atol=5e-4, rtol=0)
 
 
@@ -1286,7 +1287,9 @@ def test_help_shows_every_setting(capsys):
 def test_device_and_dtype_are_honored_or_refused(monkeypatch):
     """'auto' always works. It takes bfloat16 for wide models on CPUs where it is faster."""
     assert resolve_device('auto').split(':')[0] in DEVICES
-    assert configurator.is_bfloat16_faster() in (True, False)
+    threads = torch.get_num_threads()
+    configurator.is_bfloat16_faster()
+    assert torch.get_num_threads() == threads
     for is_faster, width, dtype in ((True, 256, 'bfloat16'), (True, 255, 'float32'),
                                    (False, 256, 'float32')):
         monkeypatch.setattr(configurator, 'is_bfloat16_faster', partial(bool, is_faster))
