@@ -11,11 +11,9 @@ A source is a text file, a .jsonl file with a "text" field (both may be
 gzipped), a .parquet file with a "text" column, a folder of such files, or an
 https address. Text is streamed, so it can exceed memory.
 
-Tokenizers: char, gpt2, bpe (byte-pair encoding trained on the source),
-sp:FILE.model (SentencePiece), or that of a run, a checkpoint or another
-dataset, to finetune a model on this text.
+Tokenizers: char, gpt2, bpe (byte-pair encoding trained on the source), or that
+of a run, a checkpoint or another dataset, to finetune a model on this text.
 """
-import base64
 import glob
 import gzip
 import hashlib
@@ -42,7 +40,7 @@ from configurator import UserError, check, configure, optional
 
 dataset = 'shakespeare_char'  # a dataset of the table in this file, or a new name with --source
 source = ''         # file, folder or https address of the text; '': the dataset's own
-tokenizer = ''      # char, gpt2, bpe, sp:FILE.model, a run or a dataset; '': the dataset's own, or gpt2
+tokenizer = ''      # char, gpt2, bpe, a run or a dataset; '': the dataset's own, or gpt2
 vocab_size = 4096   # vocabulary size of a bpe tokenizer
 val_fraction = 0.0  # fraction of tokens held out, from the end; 0: the dataset's own, or 0.1
 shards = 0          # number of shards to download of a large dataset; 0: all
@@ -149,29 +147,6 @@ class BPETokenizer:
                 bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, unk_token=END_OF_TEXT)}
 
 
-class SentencePieceTokenizer:
-    """A SentencePiece model. Most models normalise text, which loses newlines."""
-
-    def __init__(self, model):
-        sentencepiece = optional('sentencepiece', 'this tokenizer')
-        self.sp = sentencepiece.SentencePieceProcessor(model_proto=model)
-        self.n_vocab = self.sp.get_piece_size()
-        self.eot = self.sp.eos_id() if self.sp.eos_id() >= 0 else None
-
-    def encode(self, text, special=False):
-        return np.array(self.sp.encode(text), np.uint32)
-
-    def decode_bytes(self, ids):
-        text = b''
-        for i in map(int, ids):
-            piece = self.sp.id_to_piece(i)
-            if self.sp.is_byte(i):  # such as <0x0A>
-                text += bytes.fromhex(piece[3:-1])
-            elif not self.sp.is_control(i):
-                text += piece.replace('\u2581', ' ').encode()
-        return text
-
-
 def get_tokenizer(spec):
     """The tokenizer that a spec describes. meta.json and every checkpoint contain a spec."""
     import tiktoken
@@ -181,8 +156,6 @@ def get_tokenizer(spec):
             return CharTokenizer(spec['chars'])
         if kind == 'gpt2':
             return BPETokenizer(tiktoken.get_encoding('gpt2'))
-        if kind == 'sp':
-            return SentencePieceTokenizer(base64.b64decode(spec['model']))
         if kind == 'bpe':
             pieces = [bytes([byte]) for byte in range(256)]
             for left, right in spec['merges']:
@@ -200,7 +173,7 @@ def get_tokenizer(spec):
         raise UserError(f'the tokenizer is damaged ({str(error)[:80]}): prepare the dataset again') from None
     if kind == 'unknown':
         raise UserError("these weights were trained with an unknown tokenizer, not GPT-2's")
-    raise UserError(f'unknown tokenizer {kind!r}: choose char, gpt2, bpe or sp:FILE.model')
+    raise UserError(f'unknown tokenizer {kind!r}: choose char, gpt2 or bpe')
 
 
 def train_bpe(words, n_merges):
@@ -606,9 +579,6 @@ def make_spec(tokenizer, files, vocab_size):
             if n_chars > 100e6:  # more text would cost memory and hardly change the merges
                 break
         return dict(type='bpe', split=SPLIT, merges=train_bpe(words, vocab_size - 257))
-    if tokenizer.startswith('sp:'):
-        with open(tokenizer.removeprefix('sp:'), 'rb') as file:
-            return dict(type='sp', model=base64.b64encode(file.read()).decode())
     if re.fullmatch('gpt2(-medium|-large|-xl)?', tokenizer):
         return dict(type='gpt2')
     if tokenizer.endswith('.json') and os.path.exists(tokenizer):
@@ -619,8 +589,8 @@ def make_spec(tokenizer, files, vocab_size):
         if spec:
             return spec
     if not os.path.exists(tokenizer):
-        raise UserError(f'tokenizer={tokenizer!r} is not char, bpe, gpt2, sp:FILE.model, a dataset, a run or '
-                        'a checkpoint: check the name')
+        raise UserError(f'tokenizer={tokenizer!r} is not char, bpe, gpt2, a dataset, a run or a checkpoint: '
+                        'check the name')
     from model import load_checkpoint  # only here, as it takes seconds to import
     return load_checkpoint(tokenizer)['tokenizer']
 

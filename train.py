@@ -53,7 +53,6 @@ save_interval = 0.0       # minutes between saves, besides those of evaluations;
 wandb_log = False         # log to Weights & Biases
 wandb_project = 'owt'
 wandb_run_name = 'gpt2'
-tensorboard_log = False   # log to TensorBoard, in out_dir
 # data
 dataset = 'openwebtext'   # folder in data/ that prepare.py wrote, or an absolute path
 batch_size = 12           # sequences in a micro-batch of one process
@@ -485,10 +484,6 @@ if __name__ == '__main__':
             wandb = optional('wandb', 'wandb_log=True')
             wandb_id = wandb.init(project=wandb_project, name=wandb_run_name, config=config,
                                   id=wandb_id, resume='allow').id
-        if tensorboard_log:
-            optional('tensorboard', 'tensorboard_log=True')  # which torch's writer needs
-            from torch.utils.tensorboard import SummaryWriter
-            tensorboard = SummaryWriter(out_dir, purge_step=iter_num)
         log_path = os.path.join(out_dir, 'log.jsonl')
         os.makedirs(out_dir, exist_ok=True)
         if not resume:
@@ -509,9 +504,6 @@ if __name__ == '__main__':
             print0(f'warning: {log_path}: {error}')
         if wandb_log:
             wandb.log(values, step=iter_num)
-        if tensorboard_log:
-            for name, value in values.items():
-                tensorboard.add_scalar(name, value, iter_num)
 
     advice = (f'resume from the last checkpoint with a learning_rate below {learning_rate}'
               + (', or with grad_clip=1' if grad_clip == 0 else ''))
@@ -676,8 +668,6 @@ if __name__ == '__main__':
                f'python {shlex.join([sample, f"--out_dir={out_dir}"])}')
     if rank == 0 and not eval_only:
         log_file.close()
-        if tensorboard_log:
-            tensorboard.close()
         if wandb_log:
             wandb.finish()
     code = 128 + stop if stop else 0
