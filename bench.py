@@ -349,7 +349,7 @@ def read_ids(tok, spec):
                             f'or prepare it with --tokenizer={init_from}')
         return np.fromfile(source, meta['dtype'])
     files = rank_0_first(locate, source, os.path.join(DATA, task))
-    return np.concatenate([np.array([], np.uint16), *(ids for ids, _ in encode_files(files, tok))])
+    return np.concatenate([np.array([], np.uint16), *(ids for ids, *_ in encode_files(files, tok))])
 
 
 @torch.no_grad()

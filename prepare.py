@@ -1,15 +1,20 @@
 """
 Turn text into tokens: data/NAME/train.bin and val.bin (raw uint8 or uint16 ids)
-and meta.json (the tokenizer and the counts).
+and meta.json (the tokenizer and the counts). Questions and answers also get
+train.mask and val.mask, which say what the loss counts.
 
 $ python prepare.py --dataset=shakespeare_char  # the embedded text, by chars
 $ python prepare.py --dataset=shakespeare       # the same in GPT-2's tokens
 $ python prepare.py --dataset=mine --source=my_texts/ --tokenizer=bpe
 $ python prepare.py --dataset=fineweb --shards=10 # a billion tokens of FineWeb
 
-A source is a text file, a .jsonl file with a "text" field (both may be
-gzipped), a .parquet file with a "text" column, a folder of such files, or an
-https address. Text is streamed, so it can exceed memory.
+A source is a text file, a .jsonl file (both may be gzipped), a .parquet file
+with a "text" column, a folder of such files, or an https address. Text is
+streamed, so it can exceed memory.
+
+A line of a .jsonl file is an object with "text"; or for finetuning with
+"prompt" and "completion", or with "messages", each with "role" (system, user or
+assistant) and "content".
 
 Tokenizers: char, gpt2, bpe (byte-pair encoding trained on the source), or that
 of a run, a checkpoint or another dataset, to finetune a model on this text.
@@ -66,6 +71,7 @@ DATASETS = {  # shards: numbers that replace the % in source; disk: GB per shard
 # encode(text) and decode_bytes(ids).
 
 END_OF_TEXT = '<|endoftext|>'
+END_CHARACTER = '\x03'  # the same among characters; Unicode, too, calls it "end of text"
 GPT2_VOCAB = 50257
 SPLIT = (  # bpe merges bytes only within these pieces of text, which resemble GPT-4's
     r"'(?i:[sdmt]|ll|ve|re)"                      # English contractions
@@ -82,11 +88,11 @@ def code_points(text):
 
 class CharTokenizer:
     """One id per character."""
-    eot = None
 
     def __init__(self, chars):
         self.chars = chars
         self.n_vocab = len(chars)
+        self.eot = chars.index(END_CHARACTER) if END_CHARACTER in chars else None
         # the id of every code point; n_vocab stands for an unknown character
         self.ids = np.full(sys.maxunicode + 1, self.n_vocab, np.min_scalar_type(self.n_vocab))
         self.ids[code_points(chars)] = np.arange(self.n_vocab)
@@ -266,15 +272,20 @@ class Progress:
 
 
 def read(files, what):
-    """Yield (text, ends_document) for each piece of the files. Shards yield arrays of ids instead of text."""
+    """Yield (text, ends_document, is_answer) for each piece of the files. is_answer is True or False within
+    a conversation, and None in other text. Shards yield arrays of ids instead of text."""
+    conversations = None  # whether the files hold conversations
     progress = Progress(what, sum(map(os.path.getsize, files)) / 1e6, 'MB')
     done = 0
     for path in files:
         with open(path, 'rb') as file:
             stream = gzip.open(file) if path.lower().endswith('.gz') else file
             try:
-                for piece in read_file(stream, path):
-                    yield piece
+                for text, ends_document, is_answer in read_file(stream, path):
+                    if conversations not in (None, is_answer is not None):
+                        raise UserError(f'{path}: a source holds either text or conversations: separate them')
+                    conversations = is_answer is not None
+                    yield text, ends_document, is_answer
                     progress((done + file.tell()) / 1e6)
             except (OSError, EOFError, ValueError, zlib.error) as error:
                 raise UserError(f'{path} is damaged or not UTF-8 ({error}): replace or convert it') from None
@@ -289,7 +300,7 @@ def read_file(stream, path):
             raise UserError(f'{path} has no "text" column, only {", ".join(table.schema.names)}')
         for batch in table.iter_batches(columns=['text']):
             for text in batch['text'].to_pylist():
-                yield str(text or ''), True
+                yield str(text or ''), True, None
     elif name.endswith('.bin'):
         count_shard_tokens(path)
         stream.seek(1024)
@@ -297,16 +308,17 @@ def read_file(stream, path):
             ids = np.frombuffer(block, '<u2')
             if ids.max() >= GPT2_VOCAB:
                 raise UserError(f'{path} holds the id {ids.max()}, but GPT-2 has {GPT2_VOCAB:,}: replace it')
-            yield ids, False
+            yield ids, False, None
     elif name.endswith('.jsonl'):
         with io.TextIOWrapper(stream, 'utf-8-sig') as lines:
             for number, line in enumerate(lines, 1):
                 try:
-                    text = json.loads(line)['text'] if line.strip() else ''
-                    text = text.encode('utf-8', 'replace').decode()  # JSON can hold lone surrogates
-                except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                    raise UserError(f'{path}, line {number}: not JSON with a "text" field') from None
-                yield text, True
+                    pieces = read_record(json.loads(line)) if line.strip() else []
+                except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                    problem = error if isinstance(error, ValueError) else 'a field is missing or not text'
+                    raise UserError(f'{path}, line {number}: {problem}: use JSON with "text", "prompt" and '
+                                    '"completion", or "messages" of "role" and "content"') from None
+                yield from pieces
     else:
         rest = ''
         with io.TextIOWrapper(stream, 'utf-8-sig') as reader:
@@ -316,9 +328,43 @@ def read_file(stream, path):
                 end = cut.end() if cut else 0
                 if not cut and len(text) > LONGEST:
                     end = len(text)
-                yield text[:end], False
+                yield text[:end], False, None
                 rest = text[end:]
-            yield rest, True
+            yield rest, True, None
+
+
+# The form of a conversation: what precedes a message of each role. A newline ends a message, the end of
+# text an answer. Any tokenizer can express this, and checkpoints contain it.
+CHAT = dict(system='', user='User: ', assistant='Assistant:\n')
+QUESTION, ANSWER, DOCUMENT_START = range(3)  # in a mask, one byte a token: the loss counts answers alone
+
+
+def read_record(record):
+    """The pieces of a line of JSON: a text, or a conversation up to its last answer."""
+    if 'text' in record:
+        text = record['text'].encode('utf-8', 'replace').decode()  # JSON can hold lone surrogates
+        return [(text, True, None)]
+    messages = record.get('messages') or [dict(role='user', content=record['prompt']),
+                                          dict(role='assistant', content=record['completion'])]
+    pieces = []
+    context = ''  # what precedes the next answer
+    for message in messages:
+        role = message['role']
+        content = message['content'].encode('utf-8', 'replace').decode().strip()
+        if role not in CHAT:
+            raise ValueError(f'the role {role!r} is not {", ".join(CHAT)}')
+        if role == 'assistant':
+            if not content:
+                raise ValueError('an empty answer')
+            pieces += [(context + CHAT[role], False, False), (content, False, True)]
+            context = ''
+        elif content:
+            context += CHAT[role] + content + '\n'
+    if not pieces:
+        raise ValueError('no answer')
+    last_answer = pieces[-1][0]
+    pieces[-1] = last_answer, True, True
+    return pieces
 
 
 def count_shard_tokens(path):
@@ -343,7 +389,7 @@ def locate(source, folder):
     if not os.path.isdir(source):
         raise UserError(f'source={source!r} does not exist: give a file, folder or https address')
     paths = glob.glob(os.path.join(glob.escape(source), '**'), recursive=True)  # without hidden files
-    written_here = ('.bin', '.tmp', '.part', '.etag', 'meta.json')
+    written_here = ('.bin', '.mask', '.tmp', '.part', '.etag', 'meta.json')
     return sorted(path for path in paths if os.path.isfile(path) and not path.endswith(written_here))
 
 
@@ -526,35 +572,41 @@ def prepare(dataset, source='', tokenizer='', vocab_size=4096, val_fraction=0.0,
     if tok.n_vocab > 65536:
         raise UserError(f'the tokenizer has {tok.n_vocab:,} tokens: use one with at most 65,536')
     dtype = np.dtype('uint8' if tok.n_vocab <= 256 else '<u2')
-    paths = [os.path.join(folder, name) for name in ('train.bin', 'val.bin', 'meta.json')]
-    train_tmp, val_tmp, meta_tmp = [path + '.tmp' for path in paths]
-    n_tokens, starts = write_tokens(files, tok, dtype, train_tmp)
+    first_piece = next(read(files, 'records'), ('', True, None))
+    chat = first_piece[2] is not None
+    if chat and tok.eot is None:
+        raise UserError(f'tokenizer={tokenizer!r} has no token to end an answer: use char, bpe or gpt2')
+    names = ['train.bin', 'val.bin', *(['train.mask', 'val.mask'] if chat else []), 'meta.json']
+    paths = {name: os.path.join(folder, name) for name in names}
+    tmp = {name: path + '.tmp' for name, path in paths.items()}
+    n_tokens, starts = write_tokens(files, tok, dtype, tmp['train.bin'], tmp.get('train.mask'))
     if n_tokens < 2:
         raise UserError(f'source={source!r} has {n_tokens} tokens: give a longer text')
     if 'val' in row:
         n_val = count_shard_tokens(files[-1])
     else:
         n_val = min(max(1, round(n_tokens * val_fraction)), n_tokens - 1)
-    n_train = choose_split(n_tokens, n_val, starts)
+    if chat and not starts:
+        raise UserError(f'source={source!r} has one conversation: give two or more')
+    n_train = choose_split(n_tokens, n_val, starts, chat)
     n_val = n_tokens - n_train
-    with open(train_tmp, 'r+b') as file, open(val_tmp, 'wb') as out:
-        file.seek(n_train * dtype.itemsize)
-        shutil.copyfileobj(file, out)
-        file.truncate(n_train * dtype.itemsize)
+    move_end(tmp['train.bin'], tmp['val.bin'], n_train * dtype.itemsize)
+    if chat:
+        move_end(tmp['train.mask'], tmp['val.mask'], n_train)
     meta = dict(tokenizer=spec, vocab_size=tok.n_vocab, dtype=dtype.name, train_tokens=n_train,
-                val_tokens=n_val, source=source, source_sha256=sha256(files))
-    with open(meta_tmp, 'w', encoding='utf-8') as file:
+                val_tokens=n_val, chat=CHAT if chat else None, source=source, source_sha256=sha256(files))
+    with open(tmp['meta.json'], 'w', encoding='utf-8') as file:
         json.dump(meta, file)
 
     # all files are complete: replace the old ones, without ever having new bins beside an old meta.json
-    meta_path = paths[2]
+    meta_path = paths['meta.json']
     if os.path.exists(meta_path):
         with open(meta_path, encoding='utf-8', errors='replace') as file:
             if meta['source_sha256'] not in (old := file.read()) or json.dumps(spec) not in old:
                 print(f'replacing the dataset in {folder}, which had another text or tokenizer')
         os.remove(meta_path)
-    for path in paths:
-        os.replace(path + '.tmp', path)
+    for name, path in paths.items():
+        os.replace(tmp[name], path)
     print(f'{folder}: {n_train:,} tokens for training, {n_val:,} for validation, '
           f'vocabulary {tok.n_vocab:,} ({spec["type"]}), {dtype.name}')
     lock.close()
@@ -565,15 +617,17 @@ def make_spec(tokenizer, files, vocab_size):
     """The spec of a tokenizer. char and bpe are made from the text in files."""
     if tokenizer == 'char':
         seen = np.zeros(sys.maxunicode + 1, bool)
-        for text, _ in read(files, 'characters'):
+        for text, _, is_answer in read(files, 'characters'):
             seen[code_points(text)] = True
+            if is_answer:
+                seen[ord(END_CHARACTER)] = True
         return dict(type='char', chars=''.join(map(chr, np.flatnonzero(seen))))
     if tokenizer == 'bpe':
         import regex  # installed with tiktoken
         check(dict(vocab_size=vocab_size), 'vocab_size > 257')  # 256 bytes and the end of text
         words = Counter()
         n_chars = 0
-        for text, _ in read(files, 'words'):
+        for text, *_ in read(files, 'words'):
             words.update(regex.findall(SPLIT, text))
             n_chars += len(text)
             if n_chars > 100e6:  # more text would cost memory and hardly change the merges
@@ -595,49 +649,67 @@ def make_spec(tokenizer, files, vocab_size):
     return load_checkpoint(tokenizer)['tokenizer']
 
 
-def write_tokens(files, tok, dtype, path):
-    """Write the ids of all files. Returns the number of tokens and where documents start."""
+def write_tokens(files, tok, dtype, path, mask_path):
+    """Write the ids of all files, and the mask of conversations. Returns the number of tokens and where
+    documents start."""
     starts = array('q')  # of all documents but the first
     n_tokens = 0
-    with open(path, 'wb') as file:
-        for ids, starts_document in encode_files(files, tok):
+    with open(path, 'wb') as file, open(mask_path or os.devnull, 'wb') as mask_file:
+        for ids, starts_document, is_answer in encode_files(files, tok):
             if starts_document:
                 starts.append(n_tokens)
+            mask = np.full(len(ids), ANSWER if is_answer else QUESTION, np.uint8)
+            if starts_document or n_tokens == 0:
+                mask[:1] = DOCUMENT_START
             ids.astype(dtype, copy=False).tofile(file)
+            mask.tofile(mask_file)
             n_tokens += len(ids)
     return n_tokens, starts
 
 
 def encode_files(files, tok):
-    """Yield (ids, starts_document), with tok.eot between documents. Empty documents are skipped."""
-    separator = np.array([] if tok.eot is None else [tok.eot], np.uint16)
+    """Yield (ids, starts_document, is_answer), with tok.eot between documents, and after each answer of a
+    conversation. Empty documents are skipped."""
+    end = np.array([] if tok.eot is None else [tok.eot], np.uint16)
     document_ended = False
     any_tokens = False
-    for ids, ends_document in encode_pieces(read(files, 'tokens'), tok):
+    for ids, ends_document, is_answer in encode_pieces(read(files, 'tokens'), tok):
         starts_document = document_ended and len(ids) > 0
         if starts_document:
-            yield separator, False
+            if is_answer is None:
+                yield end, False, None
             document_ended = False
-        yield ids, starts_document
+        if is_answer:
+            ids = np.append(ids, end)
+        yield ids, starts_document, is_answer
         any_tokens = any_tokens or len(ids) > 0
         document_ended = document_ended or ends_document and any_tokens
 
 
 def encode_pieces(pieces, tok):
-    """Yield (ids, ends_document). tiktoken releases the GIL, so threads use all cores."""
+    """The same pieces in ids. tiktoken releases the GIL, so threads use all cores."""
     with ThreadPoolExecutor() as pool:
         while batch := list(islice(pieces, 64)):
-            texts, ends = zip(*batch, strict=True)
+            texts, *rest = zip(*batch, strict=True)
             if isinstance(texts[0], str):  # shards hold ids already
                 texts = pool.map(tok.encode, texts)
-            yield from zip(texts, ends, strict=True)
+            yield from zip(texts, *rest, strict=True)
 
 
-def choose_split(n_tokens, n_val, starts):
-    """How many tokens to train on: all but the last n_val, or up to the nearest document within n_val / 2."""
+def move_end(path, new_path, n_bytes):
+    """Move all but the first n_bytes of a file to a new file."""
+    with open(path, 'r+b') as file, open(new_path, 'wb') as new_file:
+        file.seek(n_bytes)
+        shutil.copyfileobj(file, new_file)
+        file.truncate(n_bytes)
+
+
+def choose_split(n_tokens, n_val, starts, chat):
+    """How many tokens to train on: up to the document nearest to the last n_val tokens; or exactly up to
+    them, if that is more than n_val / 2 away and not a conversation."""
     target = n_tokens - n_val
     nearest = min(starts, key=lambda start: abs(start - target), default=target)
-    return nearest if abs(nearest - target) <= n_val / 2 else target
+    return nearest if chat or abs(nearest - target) <= n_val / 2 else target
 
 
 # -----------------------------------------------------------------------------
@@ -676,10 +748,14 @@ def load_dataset(dataset):
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f'{path} is damaged ({type(error).__name__}: {error}): {advice}') from None
     for split, bin in bins.items():
-        expected = meta[f'{split}_tokens'] * width
-        if sizes[split] != expected:
-            raise UserError(f'{bin} holds {sizes[split]:,} bytes but meta.json says {expected:,}: {advice}, '
-                            'or delete meta.json if nanoGPT wrote the bins')
+        expected = {bin: meta[f'{split}_tokens'] * width}
+        if meta.get('chat'):
+            expected[os.path.join(folder, f'{split}.mask')] = meta[f'{split}_tokens']
+        for file, n_bytes in expected.items():
+            size = os.path.getsize(file) if os.path.exists(file) else 0
+            if size != n_bytes:
+                raise UserError(f'{file} holds {size:,} bytes but meta.json says {n_bytes:,}: {advice}, or '
+                                'delete meta.json if nanoGPT wrote the bins')
     return meta, bins
 
 
@@ -723,8 +799,10 @@ def nanogpt_tokenizer(folder):
 
 if __name__ == '__main__':
     configure(globals())
-    prepare(dataset, source, tokenizer, vocab_size, val_fraction, shards)
+    meta = prepare(dataset, source, tokenizer, vocab_size, val_fraction, shards)
     if dataset not in DATASETS and tokenizer in ('', 'char', 'gpt2', 'bpe'):
         name = os.path.basename(dataset.rstrip('/'))
-        arguments = shlex.join([f'--dataset={dataset}', f'--out_dir=out-{name}'])
-        print(f'Train on it with\npython train.py config/train_shakespeare.py {arguments}')
+        finetune = meta['chat'] and meta['tokenizer']['type'] == 'gpt2'
+        config = 'config/finetune_qa.py' if finetune else 'config/train_shakespeare.py'
+        arguments = shlex.join([config, f'--dataset={dataset}', f'--out_dir=out-{name}'])
+        print(f'Train on it with\npython train.py {arguments}')

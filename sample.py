@@ -10,6 +10,7 @@ $ cat prompt.txt | python sample.py --init_from=out/ckpt.pt --start=- --stop=END
 The text goes to stdout, everything else to stderr.
 """
 import codecs
+import contextlib
 import signal
 import sys
 import time
@@ -47,9 +48,10 @@ class TextStream:
         self.decoder = codecs.getincrementaldecoder('utf-8')('replace')
 
     def feed(self, data, final=False):
-        """Take the bytes of a token; return the text that can be shown now."""
+        """Take the bytes of a token; return the text that can be shown now, all of it if final."""
         if self.ended:
             return ''
+        self.ended = final
         text = self.held + self.decoder.decode(data, final)
         if self.stop and self.stop in text:
             self.ended = True
@@ -73,39 +75,65 @@ def read_prompt(start):
         raise UserError(f'cannot read start={start} as UTF-8 text: {error}') from None
 
 
-def write_samples(model, tok, prompt, num_samples):
-    """Print texts that continue the prompt. The first is streamed, the others follow."""
-    ids = tok.encode(prompt, special=True).tolist()
-    if not ids:
-        ids = [tok.eot or 0]  # the end of a text, or the first character
+def write_samples(model, tok, ids, prompt, num_samples):
+    """Print texts that continue the prompt, up to stop or the end of text. The first is streamed, the
+    others follow. Returns what the first adds to the prompt."""
     if len(ids) > model.config.block_size:
         print(f'the prompt has {len(ids)} tokens; the model sees only the last '
               f'{model.config.block_size}', file=sys.stderr)
     streams = [TextStream(stop) for _ in range(num_samples)]
-    texts = [prompt] * num_samples
+    texts = [''] * num_samples
     print(prompt, end='', flush=True)
 
     begin = time.time()
     count = 0
     idx = torch.tensor([ids] * num_samples, device=model.transformer.wte.weight.device)
-    for tokens in model.generate(idx, max_new_tokens, temperature, top_k, top_p, tok.n_vocab):
-        for i, token in enumerate(tokens.tolist()):
-            text = streams[i].feed(tok.decode_bytes([token]))
-            texts[i] += text
-            if i == 0:
-                print(text, end='', flush=True)
-        count += num_samples
-        if all(stream.ended for stream in streams):
-            break
+    try:
+        for tokens in model.generate(idx, max_new_tokens, temperature, top_k, top_p, tok.n_vocab):
+            for i, token in enumerate(tokens.tolist()):
+                if token == tok.eot:
+                    text = streams[i].feed(b'', final=True)
+                else:
+                    text = streams[i].feed(tok.decode_bytes([token]))
+                texts[i] += text
+                if i == 0:
+                    print(text, end='', flush=True)
+            count += num_samples
+            if all(stream.ended for stream in streams):
+                break
+    except KeyboardInterrupt:  # Ctrl-C ends the text, not the session
+        if not interactive:
+            raise
     seconds = time.time() - begin
 
-    remainders = [stream.feed(b'', final=True) for stream in streams]
-    print(remainders[0])
-    for text, remainder in zip(texts[1:], remainders[1:], strict=True):
-        print(f'---------------\n{text}{remainder}')
+    for i, stream in enumerate(streams):
+        rest = stream.feed(b'', final=True)
+        texts[i] += rest
+        print(rest if i == 0 else '---------------\n' + prompt + texts[i])
     sys.stdout.flush()
-    print(f'{count:,} tokens in {seconds:.1f} s: {count / max(seconds, 1e-9):,.0f} tok/s',
-          file=sys.stderr)
+    if not interactive:
+        print(f'{count:,} tokens in {seconds:.1f} s: {count / max(seconds, 1e-9):,.0f} tok/s',
+              file=sys.stderr)
+    return texts[0]
+
+
+def continue_text(model, tok, prompt, num_samples):
+    ids = tok.encode(prompt, special=True).tolist()
+    if not ids:
+        ids = [tok.eot or 0]  # the end of a text, or the first character
+    write_samples(model, tok, ids, prompt, num_samples)
+
+
+def answer(model, tok, chat, question, turns):
+    """Print an answer in the form of the finetuning data. Adds its ids to turns, the conversation so far,
+    of which the oldest make room."""
+    ids = tok.encode(chat['user'] + question + '\n' + chat['assistant']).tolist()
+    block_size = model.config.block_size
+    room = block_size - min(max_new_tokens, block_size // 2) - len(ids)
+    while turns and sum(map(len, turns)) > room:
+        del turns[0]
+    text = write_samples(model, tok, sum(turns, []) + ids, '', num_samples=1)
+    turns.append(ids + tok.encode(text).tolist() + [tok.eot])
 
 
 if __name__ == '__main__':
@@ -115,6 +143,9 @@ if __name__ == '__main__':
           "compile in (True, False, 'auto')")
     if interactive and start:
         raise UserError('interactive=True reads prompts from the terminal: leave out --start')
+    if interactive and sys.stdin.isatty():
+        with contextlib.suppress(ImportError):  # on Windows the terminal itself does this
+            import readline  # noqa: F401  line editing and history for input()
     keep_memory()
     sys.stdout.reconfigure(errors='replace')  # for terminals that lack a character
     if hasattr(signal, 'SIGPIPE'):
@@ -124,6 +155,7 @@ if __name__ == '__main__':
     checkpoint = load_checkpoint(out_dir if init_from == 'resume' else init_from)
     model = GPT.from_checkpoint(checkpoint, dropout=0.0)
     tok = get_tokenizer(checkpoint['tokenizer'])
+    chat = checkpoint.get('chat')
     device = resolve_device(device)
     dtype = resolve_dtype(dtype, device)
     trained = ''
@@ -139,15 +171,21 @@ if __name__ == '__main__':
     optimize_for_generation(model, quantize == 'int8', compile)
     torch.manual_seed(seed)
     if not interactive:
-        write_samples(model, tok, prompt, num_samples)
+        continue_text(model, tok, prompt, num_samples)
+    turns = []
     while interactive:
         try:
-            print('> ', end='', file=sys.stderr, flush=True)
-            write_samples(model, tok, input(), num_samples=1)
+            line = input('> ' if sys.stdout.isatty() else '')
+            if not chat:
+                continue_text(model, tok, line, num_samples=1)
+            elif line == '/reset':
+                turns = []
+            elif line:
+                answer(model, tok, chat, line, turns)
         except EOFError:  # Ctrl-D
-            print()
+            print(file=sys.stderr)
             break
-        except KeyboardInterrupt:  # Ctrl-C ends the text, not the session
+        except KeyboardInterrupt:  # Ctrl-C
             print()
         except (UserError, UnicodeDecodeError) as error:
             print(f'error: {error}', file=sys.stderr)

@@ -7,6 +7,7 @@ All run offline, and on the CPU unless a test asks for more.
 $ python -m pytest
 $ python -m pytest -k generation
 """
+import contextlib
 import dataclasses
 import gzip
 import hashlib
@@ -30,6 +31,7 @@ import time
 import zipfile
 from collections import Counter
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +42,7 @@ import bench
 import configurator
 import model
 import prepare
+import sample
 import train
 from configurator import UserError, configure, resolve_device, resolve_dtype
 from model import (
@@ -54,9 +57,19 @@ from model import (
     rotate,
     sample_token,
 )
-from prepare import SPLIT, download, get_tokenizer, load_dataset, train_bpe
+from prepare import (
+    ANSWER,
+    CHAT,
+    DOCUMENT_START,
+    QUESTION,
+    SPLIT,
+    download,
+    get_tokenizer,
+    load_dataset,
+    train_bpe,
+)
 from sample import TextStream
-from train import get_lr, load_windows, window_starts
+from train import document_windows, get_lr, load_windows, shuffled_windows
 
 HERE = Path(__file__).parent
 os.environ['OMP_NUM_THREADS'] = '1'  # faster for tiny models, and all processes round alike
@@ -649,7 +662,7 @@ def test_text_read_in_pieces_has_the_same_ids(kind, bpe_spec, gpt2_files, monkey
 
     def pieces(text):
         (tmp_path / 'x.txt').write_text(text, encoding='utf-8')
-        return [piece for piece, _ in prepare.read([str(tmp_path / 'x.txt')], 'test')]
+        return [piece for piece, *_ in prepare.read([str(tmp_path / 'x.txt')], 'test')]
     monkeypatch.setattr(prepare, 'CHUNK', 97)
     english = TEXT[:20_000]
     odd = ''.join(ODD_TEXTS).replace('\r\n', '\n').replace('\ufeff', '') * 3
@@ -731,6 +744,119 @@ def test_bins_and_windows_hold_the_text(tmp_path, data):
     for wrong in (dict(vocab_size=258), dict(dtype='int8'), dict(train_tokens=-1)):
         (tmp_path / 'many' / 'meta.json').write_text(json.dumps(meta | wrong))
         refuses('meta.json is damaged', load_dataset, many)
+
+
+# Conversations: the loss counts answers alone.
+
+RECORDS = [
+    dict(prompt=' 1 + 1? ', completion='2\n'),
+    dict(messages=[dict(role='system', content='Be kind.'), dict(role='user', content='Hello'),
+                   dict(role='assistant', content='Hi!'), dict(role='user', content='Who\nare you?'),
+                   dict(role='assistant', content='नेपाली: ' + 'no ' * 40 + 'one'),
+                   dict(role='user', content='this has no answer')]),
+    dict(prompt='', completion='end'),
+]
+BY_HAND = [  # each record starts a document
+    (DOCUMENT_START, 'User: 1 + 1?\nAssistant:\n'), (ANSWER, '2'),
+    (DOCUMENT_START, 'Be kind.\nUser: Hello\nAssistant:\n'), (ANSWER, 'Hi!'),
+    (QUESTION, 'User: Who\nare you?\nAssistant:\n'), (ANSWER, 'नेपाली: ' + 'no ' * 40 + 'one'),
+    (DOCUMENT_START, 'Assistant:\n'), (ANSWER, 'end'),
+]
+
+
+def conversations(folder, kind, records):
+    """Prepare a dataset of records. Returns its tokens and its mask."""
+    lines = [json.dumps(record) + '\n\n' for record in records]
+    (folder / 'qa.jsonl').write_text(''.join(lines))
+    prepare.prepare(str(folder / 'qa'), str(folder / 'qa.jsonl'), kind, vocab_size=300)
+    splits = 'train', 'val'
+    masks = [np.fromfile(folder / 'qa' / f'{split}.mask', np.uint8).tolist() for split in splits]
+    return stored(folder / 'qa')[0], masks
+
+
+@pytest.mark.parametrize('kind', ['char', 'bpe', 'gpt2'])
+def test_answers_and_their_ends_count(kind, gpt2_files, tmp_path):
+    """The mask counts each answer and the end of text after it. Only a document longer than a window
+    continues in another; every other answer is in some window with all that precedes it."""
+    (train, val), (mask, val_mask) = conversations(tmp_path, kind, RECORDS * 9)
+    tok = get_tokenizer(stored(tmp_path / 'qa')[1]['tokenizer'])
+    expected = []
+    for role, text in BY_HAND * 9:
+        ids = tok.encode(text).tolist() + [tok.eot] * (role == ANSWER)
+        roles = [ANSWER if role == ANSWER else QUESTION] * len(ids)
+        roles[0] = role
+        expected += zip(ids, roles, strict=True)
+    assert list(zip(train + val, mask + val_mask, strict=True)) == expected
+
+    documents = [i for i, role in enumerate(mask) if role == DOCUMENT_START] + [len(mask)]
+    for block_size in (32, 100, 300):
+        starts = document_windows(np.array(mask), block_size).tolist()
+        for start, end in pairwise(documents):
+            windows = [s for s in starts if start <= s < end or s < start and end <= s + block_size + 1]
+            assert windows[0] <= start
+            assert np.diff(windows).tolist() == [block_size] * (len(windows) - 1)
+            assert len(windows) == max(1, math.ceil((end - start - 1) / block_size))
+        x, y = load_windows(tmp_path / 'qa' / 'train.bin', stored(tmp_path / 'qa')[1]['dtype'],
+                            np.array(starts), block_size, 'cpu', np.array(mask))
+        for start, inputs, targets in zip(starts, x.tolist(), y.tolist(), strict=True):
+            places = [i % len(train) for i in range(start, start + block_size + 1)]
+            assert inputs == [train[i] for i in places[:-1]]
+            assert targets == [train[i] if mask[i] == ANSWER else -1 for i in places[1:]]
+
+
+PAIR = dict(prompt='x', completion='y')
+
+
+@pytest.mark.parametrize('records, message', [
+    ([PAIR, dict(prompt='x')], 'line 3: a field is missing or not text: use JSON with "text", "prompt"'),
+    ([PAIR | dict(prompt=['x'])], 'line 1: a field is missing or not text: use'),
+    ([PAIR | dict(completion=' ')], 'line 1: an empty answer: use'),
+    ([dict(messages=[dict(role='tool', content='x')])], "line 1: the role 'tool' is not system, user, assis"),
+    ([dict(messages=[dict(role='user', content='x')])], 'line 1: no answer: use'),
+    ([PAIR], 'has one conversation: give two'),
+    ([PAIR, dict(text='x')], 'a source holds either text or conversations'),
+    ([dict(text='x'), PAIR], 'a source holds either text or conversations'),
+])
+def test_bad_conversations_are_refused(records, message, tmp_path):
+    refuses(message, conversations, tmp_path, 'bpe', records)
+
+
+def test_an_answer_needs_a_token_to_end_it(data, tmp_path):
+    refuses('has no token to end an answer: use', conversations, tmp_path, str(data), [PAIR, PAIR])
+
+
+def test_every_answered_token_counts_the_same(start, tmp_path):
+    """Micro-batches have from none to many answered tokens. The loss, its gradient and the val loss
+    are means over all those tokens, for one process and for two."""
+    (train, val), (mask, val_mask) = conversations(tmp_path, 'char', RECORDS * 30)
+    args = [*TINY, f'--dataset={tmp_path}/qa', '--dropout=0.0', '--gradient_accumulation_steps=8',
+            '--batch_size=1', '--eval_iters=10000']
+    main('train.py', *args, f'--out_dir={tmp_path}/untrained', '--max_iters=0')
+    main('train.py', *args, f'--out_dir={tmp_path}/one')
+    process = start('train.py', *args, f'--out_dir={tmp_path}/two',
+                    torchrun=('--standalone', '--nproc_per_node=2'))
+    model = GPT.from_checkpoint(load_checkpoint(str(tmp_path / 'untrained')))
+
+    def slow_loss(ids, mask, starts):
+        losses = []
+        for start in starts:
+            places = [i % len(ids) for i in range(start, start + 17)]
+            logits = model(torch.tensor([[ids[i] for i in places[:-1]]]))[0]
+            losses += [-logits[0, t].log_softmax(0)[ids[i]] for t, i in enumerate(places[1:])
+                       if mask[i] == ANSWER]
+        return torch.stack(losses).mean()
+    windows = document_windows(np.array(mask), 16)
+    chosen = shuffled_windows(len(windows), 1, 1337, 0, 8)
+    loss = slow_loss(train, mask, windows[chosen])
+    loss.backward()
+    norm = math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters()))
+    val_loss = slow_loss(val, val_mask, document_windows(np.array(val_mask), 16))
+    evaluated, first = read_log(tmp_path / 'one')[:2]
+    assert evaluated['val_loss'] == pytest.approx(val_loss.item(), rel=1e-4)
+    assert first['loss'] == pytest.approx(loss.item(), rel=1e-4)
+    assert first['grad_norm'] == pytest.approx(norm, rel=1e-4)
+    assert process.wait(60) == 0, process.stdout.read()
+    assert_close_losses(tmp_path / 'one', tmp_path / 'two', rel=1e-4)
 
 
 class Server(http.server.BaseHTTPRequestHandler):
@@ -1198,6 +1324,8 @@ def test_nanogpt_settings_are_known():
 def test_an_epoch_reads_every_window_once():
     """No window comes twice in an epoch or leaves the data. Every epoch has its own order and
     offset. The sequence is the same however steps, ranks and resumes divide it."""
+    def window_starts(n, block_size, *args):
+        return shuffled_windows(n - block_size, block_size, *args)
     for n in (17, 33, 64, 1000):
         per_epoch = max(1, n // 16 - 1)
         parts = [window_starts(n, 16, 7, first, 10) for first in range(0, 20 * per_epoch, 10)]
@@ -1727,17 +1855,86 @@ def test_sampling(run, tmp_path, device, capsys):
     assert piped.stdout == output.out[:20] and 'rror' not in piped.stderr
 
 
-def test_a_conversation(start, run):
-    """Ctrl-C ends only the text, an unknown character is reported, Ctrl-D ends the session."""
+def test_one_prompt_after_another(start, run):
+    """Ctrl-C ends only the text, an unknown character is reported, the end of the input ends the session."""
     args = ['--interactive=True', '--max_new_tokens=1000000', '--device=cpu', f'--out_dir={run}']
     process = start('sample.py', *args, stdin=subprocess.PIPE)
     process.stdin.write('To be\n')
     process.stdin.flush()
-    read_until(process, '> To be')
+    read_until(process, 'To be')
     process.send_signal(signal.SIGINT)
     output = process.communicate('5€\n', timeout=60)[0]
     assert "unknown to the tokenizer: '5' '€'" in output and 'Traceback' not in output
     assert process.returncode == 0
+
+
+CHARACTERS = '\x03\n' + ''.join(map(chr, range(32, 127)))  # the end of text, and all of ASCII
+
+
+def test_each_text_ends_at_the_end_of_text(monkeypatch, capsys):
+    """The texts of a batch end at different times, and nothing is generated after the last."""
+    model = tiny()
+    tok = get_tokenizer(dict(type='char', chars='\x03abcdefghij'))
+    monkeypatch.setattr(sample, 'max_new_tokens', 200)
+    torch.manual_seed(0)
+    tokens = model.generate(torch.tensor([[1, 2]] * 4), 200, temperature=0.8, top_k=200, vocab_size=11)
+    rows = torch.stack(list(tokens), dim=1).tolist()
+    lengths = [row.index(tok.eot) for row in rows]
+    assert len(set(lengths)) == 4
+    torch.manual_seed(0)
+    sample.write_samples(model, tok, [1, 2], 'ab', 4)
+    output = capsys.readouterr()
+    texts = ['ab' + tok.decode_bytes(row[:n]).decode() + '\n' for row, n in zip(rows, lengths, strict=True)]
+    assert output.out == '---------------\n'.join(texts)
+    assert output.err.startswith(f'{4 * (max(lengths) + 1)} tokens in')
+
+
+def test_a_conversation_forgets_its_oldest_turns(monkeypatch):
+    """The model sees the newest turns that leave room for an answer, in the form of the training data."""
+    model = tiny(vocab_size=len(CHARACTERS), block_size=100)
+    tok = get_tokenizer(dict(type='char', chars=CHARACTERS))
+    seen = []
+
+    def generate(idx, *settings):
+        seen.append(tok.decode_bytes(idx[0].tolist()).decode())
+        yield from torch.tensor([[i] for i in tok.encode('ok')] + [[tok.eot], [5]])
+    monkeypatch.setattr(model, 'generate', generate)
+    monkeypatch.setattr(sample, 'max_new_tokens', 20)
+    turns = []
+    for question in 'abcde':
+        sample.answer(model, tok, CHAT, question, turns)
+    sample.answer(model, tok, CHAT, 'long ' * 20, turns)
+    turn = 'User: %s\nAssistant:\nok\x03'
+    expected = [''.join(turn % question for question in questions).removesuffix('ok\x03')
+                for questions in ('a', 'ab', 'abc', 'bcd', 'cde', ['long ' * 20])]
+    assert seen == expected
+
+
+@linux_only
+def test_it_learns_to_answer(tmp_path):
+    """From pairs to a conversation in a terminal, where arrow keys edit and answers end by themselves."""
+    import pty
+    import tty
+    cities = dict(France='Paris', Italy='Rome', Japan='Tokyo', Peru='Lima', Kenya='Nairobi')
+    conversations(tmp_path, 'char', [dict(prompt=country, completion=city)
+                                     for country, city in list(cities.items()) * 20])
+    main('train.py', *TINY, f'--dataset={tmp_path}/qa', f'--out_dir={tmp_path}/out', '--block_size=64',
+         '--max_iters=100', '--lr_decay_iters=100', '--eval_interval=100', '--dropout=0.0')
+    terminal, end = pty.openpty()
+    tty.setraw(terminal)  # no echo
+    script = [sys.executable, HERE / 'sample.py', f'--out_dir={tmp_path}/out']
+    process = subprocess.Popen([*script, '--interactive=True', '--temperature=0'], stdin=end, stdout=end,
+                               stderr=subprocess.DEVNULL, env=os.environ | dict(TERM='dumb'))
+    os.close(end)
+    up = '\x1b[A'  # the arrow key
+    os.write(terminal, f'Peru\nJapan\n/reset\n{up * 3}\n\x04'.encode())
+    output = b''
+    with contextlib.suppress(OSError):  # at its end
+        while data := os.read(terminal, 1000):
+            output += data
+    os.close(terminal)
+    assert process.wait(60) == 0
+    assert output.decode() == '> Lima\n> Tokyo\n> > Lima\n> '
 
 
 def test_the_listed_parameters_add_up(capsys):
@@ -1919,7 +2116,7 @@ def bad(tmp_path_factory, data):
     ('prepare.py', '--dataset={tmp}/x --source={bad}/other.txt --shards=2', 'not come in shards'),
     ('prepare.py', '--dataset={tmp}/x --source={bad}/file', 'is empty'),
     ('prepare.py', '--dataset={tmp}/x --source={bad}/latin1.txt --tokenizer=char', 'not UTF-8'),
-    ('prepare.py', '--dataset={tmp}/x --source={bad}/bad.jsonl --tokenizer=char', 'line 2: not JSON with'),
+    ('prepare.py', '--dataset={tmp}/x --source={bad}/bad.jsonl --tokenizer=char', 'line 2: a field is miss'),
     ('bench.py', '--vs={tmp}/none', 'no model.py in this folder'),
     ('bench.py', '--task=hellaswag --init_from={run} --source={bad}/bad.jsonl', 'line 1: not an item'),
     ('bench.py', '--task=loss --init_from={run} --source={bad}/other.txt --stride=17', 'use at most 16'),

@@ -38,7 +38,17 @@ from model import (
     load_checkpoint,
     save_checkpoint,
 )
-from prepare import DATA, DATASETS, SHAKESPEARE, get_tokenizer, load_dataset, lock_folder, prepare
+from prepare import (
+    ANSWER,
+    DATA,
+    DATASETS,
+    DOCUMENT_START,
+    SHAKESPEARE,
+    get_tokenizer,
+    load_dataset,
+    lock_folder,
+    prepare,
+)
 
 # input and output
 out_dir = 'out'           # folder for ckpt.pt, best.pt and log.jsonl
@@ -108,31 +118,48 @@ def peak_flops(device, dtype):
 
 
 @functools.lru_cache(maxsize=2)
-def epoch_windows(n_tokens, block_size, seed, epoch):
-    """Where the windows of an epoch start: side by side from a random offset, shuffled."""
+def epoch_windows(n_places, stride, seed, epoch):
+    """The places where the windows of an epoch start: stride apart from a random offset, shuffled."""
     rng = np.random.default_rng((seed, epoch))
-    count = max(1, n_tokens // block_size - 1)
-    offset = rng.integers(n_tokens - count * block_size)
-    return offset + block_size * rng.permutation(count)
+    count = max(1, n_places // stride)
+    offset = rng.integers(n_places - (count - 1) * stride)
+    return offset + stride * rng.permutation(count)
 
 
-def window_starts(n_tokens, block_size, seed, first, count):
-    """Where windows first, first + 1, ... of the endless sequence of epochs start."""
-    per_epoch = max(1, n_tokens // block_size - 1)
-    epochs, places = np.divmod(np.arange(first, first + count), per_epoch)
-    return np.array([epoch_windows(n_tokens, block_size, seed, epoch)[place]
-                     for epoch, place in zip(epochs.tolist(), places, strict=True)])
+def shuffled_windows(n_places, stride, seed, first, count):
+    """The places where windows first, first + 1, ... of the endless sequence of epochs start."""
+    per_epoch = max(1, n_places // stride)
+    epochs, windows = np.divmod(np.arange(first, first + count), per_epoch)
+    return np.array([epoch_windows(n_places, stride, seed, epoch)[window]
+                     for epoch, window in zip(epochs.tolist(), windows, strict=True)])
 
 
-def load_windows(file, dtype, starts, block_size, device):
-    """Inputs and targets, (len(starts), block_size): the windows, and the same shifted by one."""
+def document_windows(mask, block_size):
+    """Where windows of conversations start: each at the first document that the window before does not
+    hold to its end. Only a document longer than a window continues in the next."""
+    documents = np.flatnonzero(mask == DOCUMENT_START)
+    starts = [0]
+    while (end := starts[-1] + block_size) < len(mask) - 1:  # end: the last token that the window predicts
+        document = documents[np.searchsorted(documents, end + 1, side='right') - 1]
+        starts.append(document if document > starts[-1] else end)
+    return np.array(starts)
+
+
+def load_windows(file, dtype, starts, block_size, device, mask=None):
+    """Inputs and targets, (len(starts), block_size): the windows, and the same shifted by one. Targets that
+    are not answers in the mask become -1. The text after the last token is the first."""
     data = np.memmap(file, dtype, 'r')  # mapped each time, or pages already read would count as used memory
-    ids = torch.from_numpy(data[starts[:, None] + np.arange(block_size + 1)].astype(np.int64))
+    places = (starts[:, None] + np.arange(block_size + 1)) % len(data)
+    ids = data[places].astype(np.int64)
+    inputs, targets = ids[:, :-1], ids[:, 1:]
+    if mask is not None:
+        targets = np.where(mask[places[:, 1:]] == ANSWER, targets, -1)
+    batch = torch.from_numpy(np.stack([inputs, targets]))
     if device.startswith('cuda'):
-        ids = ids.pin_memory().to(device, non_blocking=True)  # copies while the GPU computes
+        batch = batch.pin_memory().to(device, non_blocking=True)  # copies while the GPU computes
     else:
-        ids = ids.to(device)
-    return ids[:, :-1], ids[:, 1:]
+        batch = batch.to(device)
+    return batch[0], batch[1]
 
 
 def get_lr(step, peak, warmup, hold, decay_end, min_lr, schedule):
@@ -301,14 +328,28 @@ if __name__ == '__main__':
         init_from = message[0]
     meta, paths = load_dataset(dataset)
     bins = {split: open(path, 'rb') for split, path in paths.items()}  # kept if prepare.py runs again
+    masks = dict(train=None, val=None)
+    if meta.get('chat'):
+        masks = {split: np.fromfile(os.path.join(DATA, dataset, f'{split}.mask'), np.uint8) for split in bins}
+
+    def load_batch(split, places):
+        """The windows that start at these places: (inputs, targets)."""
+        batch_starts = np.array([starts[split][place] for place in places])
+        return load_windows(bins[split], meta['dtype'], batch_starts, block_size, device, masks[split])
 
     def get_batch(step):
         """This rank's micro-batches of a step, a pure function of (seed, step): its slice of the
-        global batch, which is the same for any number of processes."""
+        global batch, which is the same for any number of processes. Each is (inputs, targets, weight
+        of its mean loss): every target of the global batch counts the same."""
         first = (step * gradient_accumulation_steps + rank * micro_steps) * batch_size
-        starts = window_starts(meta['train_tokens'], block_size, seed, first, micro_steps * batch_size)
-        return [load_windows(bins['train'], meta['dtype'], micro_batch, block_size, device)
-                for micro_batch in starts.reshape(micro_steps, batch_size)]
+        places = shuffled_windows(len(starts['train']), stride, seed, first, micro_steps * batch_size)
+        batch = [load_batch('train', micro_batch) for micro_batch in places.reshape(micro_steps, batch_size)]
+        counted = torch.stack([(targets >= 0).sum() for _, targets in batch])
+        total = counted.sum()
+        if ddp:
+            dist.all_reduce(total)
+        weights = counted * world_size / total.clamp(min=1)  # the ranks' gradients will be averaged
+        return [(*micro_batch, weight) for micro_batch, weight in zip(batch, weights, strict=True)]
 
     # -- model --------------------------------------------------------------------
 
@@ -338,6 +379,13 @@ if __name__ == '__main__':
         if meta[f'{split}_tokens'] <= block_size:
             raise UserError(f"{file.name} has {meta[f'{split}_tokens']:,} tokens, too few for a "
                             f'block_size of {block_size}: use a longer text or a smaller block_size')
+
+    # a window of text can start at any token
+    starts = {split: range(meta[f'{split}_tokens'] - block_size) for split in bins}
+    stride = block_size
+    if meta.get('chat'):
+        starts = {split: document_windows(masks[split], block_size) for split in bins}
+        stride = 1
 
     dtype = resolve_dtype(dtype, device, width=raw_model.config.n_embd)
     if dtype == 'float16' and (optimizer == 'muon' or fsdp):
@@ -445,26 +493,27 @@ if __name__ == '__main__':
     def estimate_loss(split):
         """Mean loss over windows spread evenly over the split, the same each time. Every rank
         evaluates its share. A signal cuts it short: torchrun kills workers 30 seconds later."""
-        n_tokens = meta[f'{split}_tokens']
-        count = max(1, min(eval_iters, (n_tokens - 1) // block_size // batch_size))
-        starts = np.linspace(0, n_tokens - block_size - 1, count * batch_size).astype(np.int64)
-        starts = starts.reshape(count, batch_size)
-        losses = []
+        n_places = len(starts[split])
+        count = max(1, min(eval_iters, math.ceil(n_places / stride) // batch_size))
+        places = np.linspace(0, n_places - 1, count * batch_size).astype(np.int64)
+        places = places.reshape(count, batch_size)
+        sums = []  # of losses, and of the targets that count
         eval_model.eval()
         for i in range(rank, math.ceil(count / world_size) * world_size, world_size):
             if stop_signal():
                 return math.nan
             # some ranks repeat a batch at the end, since FSDP needs all ranks in every forward pass
-            x, y = load_windows(bins[split], meta['dtype'], starts[i % count], block_size, device)
+            x, y = load_batch(split, places[i % count])
             with autocast:
                 _, loss = eval_model(x, y)
-            losses.append(loss)
+            counted = (y >= 0).sum()
+            sums.append(torch.stack([loss * counted, counted]))
         eval_model.train()
         n_own = len(range(rank, count, world_size))
-        total = torch.stack(losses).cpu().double()[:n_own].sum()
+        total = torch.stack(sums).cpu().double()[:n_own].sum(0)
         if ddp:
             dist.all_reduce(total)
-        return total.item() / count
+        return (total[0] / total[1]).item()
 
     def print_sample():
         """Print generated text that follows the end of a text, or the first character."""
@@ -513,8 +562,8 @@ if __name__ == '__main__':
         on every rank, or '' after success."""
         state = dict(
             model=raw_model.state_dict(), model_args=vars(raw_model.config), config=config,
-            tokenizer=meta['tokenizer'], iter_num=iter_num, elapsed=seconds_trained(),
-            wandb_id=wandb_id, **more)
+            tokenizer=meta['tokenizer'], chat=meta.get('chat'), iter_num=iter_num,
+            elapsed=seconds_trained(), wandb_id=wandb_id, **more)
         if fsdp:
             state = tree_map(gather, state)
             state['model']['lm_head.weight'] = state['model']['transformer.wte.weight']  # tied
@@ -591,7 +640,7 @@ if __name__ == '__main__':
 
         # forward and backward, micro-batch by micro-batch
         step_loss = 0
-        for micro_step, (x, y) in enumerate(next_batch):
+        for micro_step, (x, y, weight) in enumerate(next_batch):
             last = micro_step == micro_steps - 1  # only then do the ranks exchange gradients
             if fsdp:
                 model.set_requires_gradient_sync(last)
@@ -599,7 +648,7 @@ if __name__ == '__main__':
                 model.require_backward_grad_sync = last
             with autocast:
                 _, loss = model(x, y)
-                loss = loss / micro_steps
+                loss = loss * weight
             scaler.scale(loss).backward()
             step_loss += loss.detach()
 
