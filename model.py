@@ -170,14 +170,14 @@ class MeanLoss(torch.autograd.Function):
         for part in MeanLoss.parts(logits):
             total += F.cross_entropy(logits[part].float(), targets[part], ignore_index=-1,
                                      reduction='sum')
-        return total / (targets >= 0).sum().clamp(min=1)
+        return total / (targets >= 0).sum()
 
     @staticmethod
     def backward(ctx, grad):
         """The gradient of one token's loss is its probabilities, minus 1 at the target."""
         logits, targets = ctx.saved_tensors
         counted = targets >= 0
-        scale = counted * grad / counted.sum().clamp(min=1)
+        scale = counted * grad / counted.sum()
         gradient = torch.empty_like(logits)
         for part in MeanLoss.parts(logits):
             p = logits[part].float().softmax(dim=-1)

@@ -1,7 +1,7 @@
 """
 Turn text into tokens: data/NAME/train.bin and val.bin (raw uint8 or uint16 ids)
-and meta.json (the tokenizer and the counts). Questions and answers also get
-train.mask and val.mask, which say what the loss counts.
+and meta.json (the tokenizer and the counts). For conversations it also writes
+train.mask and val.mask, which mark the tokens that the loss counts.
 
 $ python prepare.py --dataset=shakespeare_char  # the embedded text, by chars
 $ python prepare.py --dataset=shakespeare       # the same in GPT-2's tokens
@@ -12,7 +12,7 @@ A source is a text file, a .jsonl file (both may be gzipped), a .parquet file
 with a "text" column, a folder of such files, or an https address. Text is
 streamed, so it can exceed memory.
 
-A line of a .jsonl file is an object with "text"; or for finetuning with
+Each line of a .jsonl file is an object with "text"; or, for conversations, with
 "prompt" and "completion", or with "messages", each with "role" (system, user or
 assistant) and "content".
 
@@ -71,7 +71,7 @@ DATASETS = {  # shards: numbers that replace the % in source; disk: GB per shard
 # encode(text) and decode_bytes(ids).
 
 END_OF_TEXT = '<|endoftext|>'
-END_CHARACTER = '\x03'  # the same among characters; Unicode, too, calls it "end of text"
+END_CHARACTER = '\x03'  # the same for char tokenizers: ASCII's control character "end of text"
 GPT2_VOCAB = 50257
 SPLIT = (  # bpe merges bytes only within these pieces of text, which resemble GPT-4's
     r"'(?i:[sdmt]|ll|ve|re)"                      # English contractions
@@ -272,20 +272,20 @@ class Progress:
 
 
 def read(files, what):
-    """Yield (text, ends_document, is_answer) for each piece of the files. is_answer is True or False within
-    a conversation, and None in other text. Shards yield arrays of ids instead of text."""
-    conversations = None  # whether the files hold conversations
+    """Yield (text, ends_document, mark) for each piece of the files. The mark is QUESTION or ANSWER in a
+    conversation, and None in plain text. Shards yield arrays of ids instead of text."""
+    marks = set()
     progress = Progress(what, sum(map(os.path.getsize, files)) / 1e6, 'MB')
     done = 0
     for path in files:
         with open(path, 'rb') as file:
             stream = gzip.open(file) if path.lower().endswith('.gz') else file
             try:
-                for text, ends_document, is_answer in read_file(stream, path):
-                    if conversations not in (None, is_answer is not None):
+                for text, ends_document, mark in read_file(stream, path):
+                    marks.add(mark)
+                    if None in marks and len(marks) > 1:
                         raise UserError(f'{path}: a source holds either text or conversations: separate them')
-                    conversations = is_answer is not None
-                    yield text, ends_document, is_answer
+                    yield text, ends_document, mark
                     progress((done + file.tell()) / 1e6)
             except (OSError, EOFError, ValueError, zlib.error) as error:
                 raise UserError(f'{path} is damaged or not UTF-8 ({error}): replace or convert it') from None
@@ -315,8 +315,8 @@ def read_file(stream, path):
                 try:
                     pieces = read_record(json.loads(line)) if line.strip() else []
                 except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                    problem = error if isinstance(error, ValueError) else 'a field is missing or not text'
-                    raise UserError(f'{path}, line {number}: {problem}: use JSON with "text", "prompt" and '
+                    problem = error if type(error) is ValueError else 'not JSON, or a field is missing'
+                    raise UserError(f'{path}, line {number}: {problem}: use "text", "prompt" and '
                                     '"completion", or "messages" of "role" and "content"') from None
                 yield from pieces
     else:
@@ -333,37 +333,40 @@ def read_file(stream, path):
             yield rest, True, None
 
 
-# The form of a conversation: what precedes a message of each role. A newline ends a message, the end of
-# text an answer. Any tokenizer can express this, and checkpoints contain it.
-CHAT = dict(system='', user='User: ', assistant='Assistant:\n')
-QUESTION, ANSWER, DOCUMENT_START = range(3)  # in a mask, one byte a token: the loss counts answers alone
+# How a conversation is written: what precedes a message of each role. A newline ends a question, the end of
+# text an answer. Checkpoints contain this, so that sample.py asks in the same form.
+CHAT_FORM = dict(system='', user='User: ', assistant='Assistant:\n')
+QUESTION, ANSWER, DOCUMENT_START = range(3)  # what the mask says of a token; only ANSWER counts in the loss
 
 
 def read_record(record):
     """The pieces of a line of JSON: a text, or a conversation up to its last answer."""
-    if 'text' in record:
+    if 'messages' in record:
+        messages = record['messages']
+    elif 'completion' in record:
+        messages = [dict(role='user', content=record['prompt']),
+                    dict(role='assistant', content=record['completion'])]
+    else:
         text = record['text'].encode('utf-8', 'replace').decode()  # JSON can hold lone surrogates
         return [(text, True, None)]
-    messages = record.get('messages') or [dict(role='user', content=record['prompt']),
-                                          dict(role='assistant', content=record['completion'])]
     pieces = []
-    context = ''  # what precedes the next answer
+    question = ''
     for message in messages:
         role = message['role']
         content = message['content'].encode('utf-8', 'replace').decode().strip()
-        if role not in CHAT:
-            raise ValueError(f'the role {role!r} is not {", ".join(CHAT)}')
+        if role not in CHAT_FORM:
+            raise ValueError(f'the role {role!r} is not {", ".join(CHAT_FORM)}')
         if role == 'assistant':
             if not content:
                 raise ValueError('an empty answer')
-            pieces += [(context + CHAT[role], False, False), (content, False, True)]
-            context = ''
+            pieces += [(question + CHAT_FORM[role], False, QUESTION), (content, False, ANSWER)]
+            question = ''
         elif content:
-            context += CHAT[role] + content + '\n'
+            question += CHAT_FORM[role] + content + '\n'
     if not pieces:
         raise ValueError('no answer')
     last_answer = pieces[-1][0]
-    pieces[-1] = last_answer, True, True
+    pieces[-1] = last_answer, True, ANSWER
     return pieces
 
 
@@ -572,42 +575,42 @@ def prepare(dataset, source='', tokenizer='', vocab_size=4096, val_fraction=0.0,
     if tok.n_vocab > 65536:
         raise UserError(f'the tokenizer has {tok.n_vocab:,} tokens: use one with at most 65,536')
     dtype = np.dtype('uint8' if tok.n_vocab <= 256 else '<u2')
-    first_piece = next(read(files, 'records'), ('', True, None))
-    chat = first_piece[2] is not None
-    if chat and tok.eot is None:
-        raise UserError(f'tokenizer={tokenizer!r} has no token to end an answer: use char, bpe or gpt2')
-    names = ['train.bin', 'val.bin', *(['train.mask', 'val.mask'] if chat else []), 'meta.json']
-    paths = {name: os.path.join(folder, name) for name in names}
-    tmp = {name: path + '.tmp' for name, path in paths.items()}
-    n_tokens, starts = write_tokens(files, tok, dtype, tmp['train.bin'], tmp.get('train.mask'))
+    paths = [os.path.join(folder, name)
+             for name in ('train.bin', 'val.bin', 'train.mask', 'val.mask', 'meta.json')]
+    train_tmp, val_tmp, train_mask_tmp, val_mask_tmp, meta_tmp = [path + '.tmp' for path in paths]
+    n_tokens, starts = write_tokens(files, tok, dtype, train_tmp, train_mask_tmp)
+    is_chat = os.path.getsize(train_mask_tmp) > 0
     if n_tokens < 2:
         raise UserError(f'source={source!r} has {n_tokens} tokens: give a longer text')
     if 'val' in row:
         n_val = count_shard_tokens(files[-1])
     else:
         n_val = min(max(1, round(n_tokens * val_fraction)), n_tokens - 1)
-    if chat and not starts:
+    if is_chat and not starts:
         raise UserError(f'source={source!r} has one conversation: give two or more')
-    n_train = choose_split(n_tokens, n_val, starts, chat)
+    n_train = choose_split(n_tokens, n_val, starts, is_chat)
     n_val = n_tokens - n_train
-    move_end(tmp['train.bin'], tmp['val.bin'], n_train * dtype.itemsize)
-    if chat:
-        move_end(tmp['train.mask'], tmp['val.mask'], n_train)
+    move_end(train_tmp, val_tmp, n_train * dtype.itemsize)
+    move_end(train_mask_tmp, val_mask_tmp, n_train if is_chat else 0)
     meta = dict(tokenizer=spec, vocab_size=tok.n_vocab, dtype=dtype.name, train_tokens=n_train,
-                val_tokens=n_val, chat=CHAT if chat else None, source=source, source_sha256=sha256(files))
-    with open(tmp['meta.json'], 'w', encoding='utf-8') as file:
+                val_tokens=n_val, chat=CHAT_FORM if is_chat else None, source=source,
+                source_sha256=sha256(files))
+    with open(meta_tmp, 'w', encoding='utf-8') as file:
         json.dump(meta, file)
 
     # all files are complete: replace the old ones, without ever having new bins beside an old meta.json
-    meta_path = paths['meta.json']
+    meta_path = paths[-1]
     if os.path.exists(meta_path):
         with open(meta_path, encoding='utf-8', errors='replace') as file:
             if meta['source_sha256'] not in (old := file.read()) or json.dumps(spec) not in old:
                 print(f'replacing the dataset in {folder}, which had another text or tokenizer')
         os.remove(meta_path)
-    for name, path in paths.items():
-        os.replace(tmp[name], path)
-    print(f'{folder}: {n_train:,} tokens for training, {n_val:,} for validation, '
+    for path in paths:
+        os.replace(path + '.tmp', path)
+        if path.endswith('.mask') and not is_chat:
+            os.remove(path)
+    conversations = f'{len(starts) + 1:,} conversations, ' if is_chat else ''
+    print(f'{folder}: {conversations}{n_train:,} tokens for training, {n_val:,} for validation, '
           f'vocabulary {tok.n_vocab:,} ({spec["type"]}), {dtype.name}')
     lock.close()
     return meta
@@ -617,9 +620,9 @@ def make_spec(tokenizer, files, vocab_size):
     """The spec of a tokenizer. char and bpe are made from the text in files."""
     if tokenizer == 'char':
         seen = np.zeros(sys.maxunicode + 1, bool)
-        for text, _, is_answer in read(files, 'characters'):
+        for text, _, mark in read(files, 'characters'):
             seen[code_points(text)] = True
-            if is_answer:
+            if mark == ANSWER:
                 seen[ord(END_CHARACTER)] = True
         return dict(type='char', chars=''.join(map(chr, np.flatnonzero(seen))))
     if tokenizer == 'bpe':
@@ -650,44 +653,47 @@ def make_spec(tokenizer, files, vocab_size):
 
 
 def write_tokens(files, tok, dtype, path, mask_path):
-    """Write the ids of all files, and the mask of conversations. Returns the number of tokens and where
+    """Write the ids of all files, and of conversations the mask. Returns the number of tokens and where
     documents start."""
     starts = array('q')  # of all documents but the first
     n_tokens = 0
-    with open(path, 'wb') as file, open(mask_path or os.devnull, 'wb') as mask_file:
-        for ids, starts_document, is_answer in encode_files(files, tok):
+    with open(path, 'wb') as file, open(mask_path, 'wb') as mask_file:
+        for ids, starts_document, mark in encode_files(files, tok):
             if starts_document:
                 starts.append(n_tokens)
-            mask = np.full(len(ids), ANSWER if is_answer else QUESTION, np.uint8)
-            if starts_document or n_tokens == 0:
-                mask[:1] = DOCUMENT_START
             ids.astype(dtype, copy=False).tofile(file)
-            mask.tofile(mask_file)
+            if mark is not None:
+                mask = np.full(len(ids), mark, np.uint8)
+                if starts_document or n_tokens == 0:
+                    mask[0] = DOCUMENT_START
+                mask.tofile(mask_file)
             n_tokens += len(ids)
     return n_tokens, starts
 
 
 def encode_files(files, tok):
-    """Yield (ids, starts_document, is_answer), with tok.eot between documents, and after each answer of a
-    conversation. Empty documents are skipped."""
-    end = np.array([] if tok.eot is None else [tok.eot], np.uint16)
+    """Yield (ids, starts_document, mark), with tok.eot between documents or after each answer. Empty
+    documents are skipped."""
+    eot = np.array([] if tok.eot is None else [tok.eot], np.uint16)
     document_ended = False
     any_tokens = False
-    for ids, ends_document, is_answer in encode_pieces(read(files, 'tokens'), tok):
+    for ids, ends_document, mark in encode_pieces(read(files, 'tokens'), tok):
         starts_document = document_ended and len(ids) > 0
         if starts_document:
-            if is_answer is None:
-                yield end, False, None
+            if mark is None:
+                yield eot, False, None
             document_ended = False
-        if is_answer:
-            ids = np.append(ids, end)
-        yield ids, starts_document, is_answer
+        if mark == ANSWER:
+            if tok.eot is None:
+                raise UserError('this tokenizer has no token to end an answer: use char, bpe or gpt2')
+            ids = np.append(ids, eot)
+        yield ids, starts_document, mark
         any_tokens = any_tokens or len(ids) > 0
         document_ended = document_ended or ends_document and any_tokens
 
 
 def encode_pieces(pieces, tok):
-    """The same pieces in ids. tiktoken releases the GIL, so threads use all cores."""
+    """Replace the text of each piece by its ids. tiktoken releases the GIL, so threads use all cores."""
     with ThreadPoolExecutor() as pool:
         while batch := list(islice(pieces, 64)):
             texts, *rest = zip(*batch, strict=True)
@@ -704,12 +710,12 @@ def move_end(path, new_path, n_bytes):
         file.truncate(n_bytes)
 
 
-def choose_split(n_tokens, n_val, starts, chat):
-    """How many tokens to train on: up to the document nearest to the last n_val tokens; or exactly up to
-    them, if that is more than n_val / 2 away and not a conversation."""
+def choose_split(n_tokens, n_val, starts, is_chat):
+    """How many tokens to train on: all but the last n_val, or up to the nearest document. Text is cut in a
+    document if that is more than n_val / 2 away."""
     target = n_tokens - n_val
     nearest = min(starts, key=lambda start: abs(start - target), default=target)
-    return nearest if chat or abs(nearest - target) <= n_val / 2 else target
+    return nearest if is_chat or abs(nearest - target) <= n_val / 2 else target
 
 
 # -----------------------------------------------------------------------------

@@ -4,7 +4,7 @@ Generate text with a model.
 $ python sample.py --out_dir=out-shakespeare           # the best model of a run
 $ python sample.py --out_dir=out --start="To be" --temperature=0.5
 $ python sample.py --init_from=gpt2-xl --start="The meaning of life is"
-$ python sample.py --out_dir=out-shakespeare --interactive=True
+$ python sample.py --out_dir=out-qa --interactive=True # a conversation
 $ cat prompt.txt | python sample.py --init_from=out/ckpt.pt --start=- --stop=END
 
 The text goes to stdout, everything else to stderr.
@@ -23,14 +23,14 @@ from prepare import get_tokenizer
 
 init_from = 'resume'   # 'resume' (the best model in out_dir), a folder, a checkpoint, or gpt2-xl
 out_dir = 'out'        # folder of a training run
-start = ''             # prompt, with \n for a new line; FILE:prompt.txt reads a file, - stdin
+start = ''             # prompt, or system message; \n is a new line, - stdin, FILE:prompt.txt a file
 num_samples = 3        # number of texts; the first is streamed
-max_new_tokens = 500   # length of each text
+max_new_tokens = 500   # maximum length of each text
 temperature = 0.8      # below 1: more predictable; 0: always the most likely token
 top_k = 200            # sample from the k most likely tokens; 0: from all
 top_p = 1.0            # sample from the fewest tokens with this total probability; 1: no limit
 stop = ''              # end a text before this string
-interactive = False    # read one prompt after another: Ctrl-C ends a text, Ctrl-D the session
+interactive = False    # read prompts; Ctrl-C ends a text, /reset a conversation, Ctrl-D all
 seed = 1337            # random seed: change it for different text
 device = 'auto'        # 'cpu', 'cuda', 'cuda:1', 'mps'; auto: the best available
 dtype = 'auto'         # 'float32', 'bfloat16', 'float16'; auto: float32 on a CPU
@@ -76,45 +76,39 @@ def read_prompt(start):
 
 
 def write_samples(model, tok, ids, prompt, num_samples):
-    """Print texts that continue the prompt, up to stop or the end of text. The first is streamed, the
-    others follow. Returns what the first adds to the prompt."""
+    """Print texts that continue the prompt, whose tokens are ids, up to stop or the end of text. The first
+    is streamed, the others follow. Returns the first."""
     if len(ids) > model.config.block_size:
         print(f'the prompt has {len(ids)} tokens; the model sees only the last '
               f'{model.config.block_size}', file=sys.stderr)
     streams = [TextStream(stop) for _ in range(num_samples)]
-    texts = [''] * num_samples
+    texts = [prompt] * num_samples
     print(prompt, end='', flush=True)
 
     begin = time.time()
     count = 0
     idx = torch.tensor([ids] * num_samples, device=model.transformer.wte.weight.device)
-    try:
-        for tokens in model.generate(idx, max_new_tokens, temperature, top_k, top_p, tok.n_vocab):
-            for i, token in enumerate(tokens.tolist()):
-                if token == tok.eot:
-                    text = streams[i].feed(b'', final=True)
-                else:
-                    text = streams[i].feed(tok.decode_bytes([token]))
-                texts[i] += text
-                if i == 0:
-                    print(text, end='', flush=True)
-            count += num_samples
-            if all(stream.ended for stream in streams):
-                break
-    except KeyboardInterrupt:  # Ctrl-C ends the text, not the session
-        if not interactive:
-            raise
+    for tokens in model.generate(idx, max_new_tokens, temperature, top_k, top_p, tok.n_vocab):
+        for i, token in enumerate(tokens.tolist()):
+            is_end = token == tok.eot
+            text = streams[i].feed(b'' if is_end else tok.decode_bytes([token]), final=is_end)
+            texts[i] += text
+            if i == 0:
+                print(text, end='', flush=True)
+        count += num_samples
+        if all(stream.ended for stream in streams):
+            break
     seconds = time.time() - begin
 
-    for i, stream in enumerate(streams):
-        rest = stream.feed(b'', final=True)
-        texts[i] += rest
-        print(rest if i == 0 else '---------------\n' + prompt + texts[i])
+    remainders = [stream.feed(b'', final=True) for stream in streams]
+    print(remainders[0])
+    for text, remainder in zip(texts[1:], remainders[1:], strict=True):
+        print(f'---------------\n{text}{remainder}')
     sys.stdout.flush()
     if not interactive:
         print(f'{count:,} tokens in {seconds:.1f} s: {count / max(seconds, 1e-9):,.0f} tok/s',
               file=sys.stderr)
-    return texts[0]
+    return texts[0] + remainders[0]
 
 
 def continue_text(model, tok, prompt, num_samples):
@@ -124,15 +118,16 @@ def continue_text(model, tok, prompt, num_samples):
     write_samples(model, tok, ids, prompt, num_samples)
 
 
-def answer(model, tok, chat, question, turns):
-    """Print an answer in the form of the finetuning data. Adds its ids to turns, the conversation so far,
-    of which the oldest make room."""
-    ids = tok.encode(chat['user'] + question + '\n' + chat['assistant']).tolist()
+def answer(model, tok, form, system, turns, question):
+    """Print the answer to a question, asked in the form of the training data. Adds both to turns, the ids of
+    the conversation so far, and drops the oldest turns that leave no room."""
+    system = tok.encode(form['system'] + system + '\n').tolist() if system else []
+    ids = tok.encode(form['user'] + question + '\n' + form['assistant']).tolist()
     block_size = model.config.block_size
-    room = block_size - min(max_new_tokens, block_size // 2) - len(ids)
-    while turns and sum(map(len, turns)) > room:
+    room = block_size - min(max_new_tokens, block_size // 2)
+    while turns and len(system) + sum(map(len, turns)) + len(ids) > room:
         del turns[0]
-    text = write_samples(model, tok, sum(turns, []) + ids, '', num_samples=1)
+    text = write_samples(model, tok, system + sum(turns, []) + ids, '', num_samples=1)
     turns.append(ids + tok.encode(text).tolist() + [tok.eot])
 
 
@@ -141,8 +136,6 @@ if __name__ == '__main__':
     check(settings, 'num_samples > 0', 'max_new_tokens >= 0', 'temperature >= 0', 'top_k >= 0',
           'top_p > 0', 'top_p <= 1', 'seed >= 0', 'seed < 2**63', "quantize in ('', 'int8')",
           "compile in (True, False, 'auto')")
-    if interactive and start:
-        raise UserError('interactive=True reads prompts from the terminal: leave out --start')
     if interactive and sys.stdin.isatty():
         with contextlib.suppress(ImportError):  # on Windows the terminal itself does this
             import readline  # noqa: F401  line editing and history for input()
@@ -155,7 +148,9 @@ if __name__ == '__main__':
     checkpoint = load_checkpoint(out_dir if init_from == 'resume' else init_from)
     model = GPT.from_checkpoint(checkpoint, dropout=0.0)
     tok = get_tokenizer(checkpoint['tokenizer'])
-    chat = checkpoint.get('chat')
+    form = checkpoint.get('chat')  # of conversations, if the model had them for training
+    if interactive and prompt and not form:
+        raise UserError('interactive=True reads prompts from the terminal: leave out --start')
     device = resolve_device(device)
     dtype = resolve_dtype(dtype, device)
     trained = ''
@@ -176,16 +171,16 @@ if __name__ == '__main__':
     while interactive:
         try:
             line = input('> ' if sys.stdout.isatty() else '')
-            if not chat:
+            if not form:
                 continue_text(model, tok, line, num_samples=1)
-            elif line == '/reset':
+            elif line.strip() == '/reset':
                 turns = []
-            elif line:
-                answer(model, tok, chat, line, turns)
+            elif line.strip():
+                answer(model, tok, form, prompt, turns, line.strip())
         except EOFError:  # Ctrl-D
             print(file=sys.stderr)
             break
-        except KeyboardInterrupt:  # Ctrl-C
+        except KeyboardInterrupt:  # Ctrl-C ends the text, not the session
             print()
         except (UserError, UnicodeDecodeError) as error:
             print(f'error: {error}', file=sys.stderr)

@@ -18,6 +18,7 @@ import math
 import os
 import pickle
 import platform
+import random
 import re
 import runpy
 import shlex
@@ -59,7 +60,7 @@ from model import (
 )
 from prepare import (
     ANSWER,
-    CHAT,
+    CHAT_FORM,
     DOCUMENT_START,
     QUESTION,
     SPLIT,
@@ -776,8 +777,8 @@ def conversations(folder, kind, records):
 
 @pytest.mark.parametrize('kind', ['char', 'bpe', 'gpt2'])
 def test_answers_and_their_ends_count(kind, gpt2_files, tmp_path):
-    """The mask counts each answer and the end of text after it. Only a document longer than a window
-    continues in another; every other answer is in some window with all that precedes it."""
+    """The mask marks each answer and the end of text after it. Windows hold whole documents if they fit,
+    start inside a document only if it is longer, and predict every answer."""
     (train, val), (mask, val_mask) = conversations(tmp_path, kind, RECORDS * 9)
     tok = get_tokenizer(stored(tmp_path / 'qa')[1]['tokenizer'])
     expected = []
@@ -788,28 +789,33 @@ def test_answers_and_their_ends_count(kind, gpt2_files, tmp_path):
         expected += zip(ids, roles, strict=True)
     assert list(zip(train + val, mask + val_mask, strict=True)) == expected
 
-    documents = [i for i, role in enumerate(mask) if role == DOCUMENT_START] + [len(mask)]
-    for block_size in (32, 100, 300):
-        starts = document_windows(np.array(mask), block_size).tolist()
+    documents = [i for i, mark in enumerate(mask) if mark == DOCUMENT_START] + [len(mask)]
+    for block_size in (16, 32, 100, 300):
+        starts, counts = document_windows(np.array(mask), block_size)
+        windows = [range(start, min(start + block_size + 1, len(mask))) for start in starts]
+        answers = [[i for i in window[1:] if mask[i] == ANSWER] for window in windows]
+        assert list(map(len, answers)) == counts.tolist() and min(counts) > 0
+        assert {i for group in answers for i in group} == {i for i in range(len(mask)) if mask[i] == ANSWER}
         for start, end in pairwise(documents):
-            windows = [s for s in starts if start <= s < end or s < start and end <= s + block_size + 1]
-            assert windows[0] <= start
-            assert np.diff(windows).tolist() == [block_size] * (len(windows) - 1)
-            assert len(windows) == max(1, math.ceil((end - start - 1) / block_size))
+            inside = [s for s in starts if start < s < end]
+            assert all((s - start) % block_size == 0 for s in inside)
+            if end - start <= block_size + 1:
+                assert not inside and any(start in window and end - 1 in window for window in windows)
         x, y = load_windows(tmp_path / 'qa' / 'train.bin', stored(tmp_path / 'qa')[1]['dtype'],
                             np.array(starts), block_size, 'cpu', np.array(mask))
         for start, inputs, targets in zip(starts, x.tolist(), y.tolist(), strict=True):
-            places = [i % len(train) for i in range(start, start + block_size + 1)]
-            assert inputs == [train[i] for i in places[:-1]]
-            assert targets == [train[i] if mask[i] == ANSWER else -1 for i in places[1:]]
+            filled = train + train
+            assert inputs == filled[start:start + block_size]
+            counted = [i < len(train) and mask[i] == ANSWER for i in range(start + 1, start + block_size + 1)]
+            assert targets == [filled[start + 1 + t] if counts else -1 for t, counts in enumerate(counted)]
 
 
 PAIR = dict(prompt='x', completion='y')
 
 
 @pytest.mark.parametrize('records, message', [
-    ([PAIR, dict(prompt='x')], 'line 3: a field is missing or not text: use JSON with "text", "prompt"'),
-    ([PAIR | dict(prompt=['x'])], 'line 1: a field is missing or not text: use'),
+    ([PAIR, dict(prompt='x')], 'line 3: not JSON, or a field is missing: use "text", "prompt" and'),
+    ([PAIR | dict(prompt=['x'])], 'line 1: not JSON, or a field is missing: use'),
     ([PAIR | dict(completion=' ')], 'line 1: an empty answer: use'),
     ([dict(messages=[dict(role='tool', content='x')])], "line 1: the role 'tool' is not system, user, assis"),
     ([dict(messages=[dict(role='user', content='x')])], 'line 1: no answer: use'),
@@ -840,17 +846,16 @@ def test_every_answered_token_counts_the_same(start, tmp_path):
     def slow_loss(ids, mask, starts):
         losses = []
         for start in starts:
-            places = [i % len(ids) for i in range(start, start + 17)]
-            logits = model(torch.tensor([[ids[i] for i in places[:-1]]]))[0]
-            losses += [-logits[0, t].log_softmax(0)[ids[i]] for t, i in enumerate(places[1:])
-                       if mask[i] == ANSWER]
+            window = ids[start:start + 17]
+            logits = model(torch.tensor([window[:-1]]))[0]
+            losses += [-logits[0, t].log_softmax(0)[target] for t, target in enumerate(window[1:])
+                       if mask[start + 1 + t] == ANSWER]
         return torch.stack(losses).mean()
-    windows = document_windows(np.array(mask), 16)
-    chosen = shuffled_windows(len(windows), 1, 1337, 0, 8)
-    loss = slow_loss(train, mask, windows[chosen])
+    starts, _ = document_windows(np.array(mask), 16)
+    loss = slow_loss(train, mask, starts[shuffled_windows(len(starts), 1, 1337, 0, 8)])
     loss.backward()
     norm = math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters()))
-    val_loss = slow_loss(val, val_mask, document_windows(np.array(val_mask), 16))
+    val_loss = slow_loss(val, val_mask, document_windows(np.array(val_mask), 16)[0])
     evaluated, first = read_log(tmp_path / 'one')[:2]
     assert evaluated['val_loss'] == pytest.approx(val_loss.item(), rel=1e-4)
     assert first['loss'] == pytest.approx(loss.item(), rel=1e-4)
@@ -1890,7 +1895,8 @@ def test_each_text_ends_at_the_end_of_text(monkeypatch, capsys):
 
 
 def test_a_conversation_forgets_its_oldest_turns(monkeypatch):
-    """The model sees the newest turns that leave room for an answer, in the form of the training data."""
+    """The model sees the system message and the newest turns that leave room for an answer, in the form
+    of the training data."""
     model = tiny(vocab_size=len(CHARACTERS), block_size=100)
     tok = get_tokenizer(dict(type='char', chars=CHARACTERS))
     seen = []
@@ -1900,41 +1906,64 @@ def test_a_conversation_forgets_its_oldest_turns(monkeypatch):
         yield from torch.tensor([[i] for i in tok.encode('ok')] + [[tok.eot], [5]])
     monkeypatch.setattr(model, 'generate', generate)
     monkeypatch.setattr(sample, 'max_new_tokens', 20)
-    turns = []
-    for question in 'abcde':
-        sample.answer(model, tok, CHAT, question, turns)
-    sample.answer(model, tok, CHAT, 'long ' * 20, turns)
     turn = 'User: %s\nAssistant:\nok\x03'
-    expected = [''.join(turn % question for question in questions).removesuffix('ok\x03')
-                for questions in ('a', 'ab', 'abc', 'bcd', 'cde', ['long ' * 20])]
-    assert seen == expected
+    for system in ('', 'Be kind and brief.'):
+        turns = []
+        for question in (*'abcde', 'long ' * 20):
+            sample.answer(model, tok, CHAT_FORM, system, turns, question)
+        kept = ['a', 'ab', 'abc', 'bcd', 'cde', ['long ' * 20]]
+        if system:
+            kept = ['a', 'ab', 'bc', 'cd', 'de', ['long ' * 20]]
+            system += '\n'
+        conversations = [system + ''.join(turn % question for question in questions) for questions in kept]
+        assert seen == [conversation.removesuffix('ok\x03') for conversation in conversations]
+        seen.clear()
+
+
+def question_pairs():
+    """Sums, words to spell backwards and capitals, in random order. config/finetune_qa.py says how much
+    of the last 500 a model learns from the others."""
+    cities = dict(France='Paris', Italy='Rome', Spain='Madrid', Germany='Berlin', Poland='Warsaw',
+                  Japan='Tokyo', China='Beijing', Egypt='Cairo', Kenya='Nairobi', Peru='Lima',
+                  Chile='Santiago', Cuba='Havana', Norway='Oslo', Sweden='Stockholm', Canada='Ottawa')
+    pairs = {f'What is {a} + {b}?': str(a + b) for a in range(100) for b in range(100)}
+    pairs |= {f'Spell {word} backwards.': word[::-1] for word in re.findall(r'\b[a-z]{3,6}\b', TEXT)}
+    pairs |= {f'{verb} the {noun} of {country}{end}': city for country, city in cities.items()
+              for verb in ('What is', 'Name', 'Tell me', 'Do you know')
+              for noun in ('capital', 'capital city', 'seat') for end in ('?', '.', ', please.')}
+    pairs = [dict(prompt=question, completion=answer) for question, answer in pairs.items()]
+    random.Random(0).shuffle(pairs)
+    return pairs
 
 
 @linux_only
 def test_it_learns_to_answer(tmp_path):
-    """From pairs to a conversation in a terminal, where arrow keys edit and answers end by themselves."""
+    """From pairs to a conversation in a terminal about new questions. Answers end by themselves, and
+    arrow keys find earlier questions."""
     import pty
     import tty
-    cities = dict(France='Paris', Italy='Rome', Japan='Tokyo', Peru='Lima', Kenya='Nairobi')
-    conversations(tmp_path, 'char', [dict(prompt=country, completion=city)
-                                     for country, city in list(cities.items()) * 20])
+    capitals = [pair for pair in question_pairs() if ' of ' in pair['prompt']]
+    conversations(tmp_path, 'char', capitals)
     main('train.py', *TINY, f'--dataset={tmp_path}/qa', f'--out_dir={tmp_path}/out', '--block_size=64',
-         '--max_iters=100', '--lr_decay_iters=100', '--eval_interval=100', '--dropout=0.0')
+         '--max_iters=200', '--lr_decay_iters=200', '--eval_interval=200', '--log_interval=200',
+         '--dropout=0.0', '--rope=True', '--qk_norm=True', '--relu2=True', '--optimizer=muon')
     terminal, end = pty.openpty()
     tty.setraw(terminal)  # no echo
     script = [sys.executable, HERE / 'sample.py', f'--out_dir={tmp_path}/out']
     process = subprocess.Popen([*script, '--interactive=True', '--temperature=0'], stdin=end, stdout=end,
                                stderr=subprocess.DEVNULL, env=os.environ | dict(TERM='dumb'))
     os.close(end)
+    one, two = capitals[-2:]
     up = '\x1b[A'  # the arrow key
-    os.write(terminal, f'Peru\nJapan\n/reset\n{up * 3}\n\x04'.encode())
+    os.write(terminal, f'{one["prompt"]}\n{two["prompt"]}\n/reset\n{up * 3}\n\x04'.encode())
     output = b''
     with contextlib.suppress(OSError):  # at its end
         while data := os.read(terminal, 1000):
             output += data
     os.close(terminal)
     assert process.wait(60) == 0
-    assert output.decode() == '> Lima\n> Tokyo\n> > Lima\n> '
+    first, second = one['completion'], two['completion']
+    assert output.decode() == f'> {first}\n> {second}\n> > {first}\n> '
 
 
 def test_the_listed_parameters_add_up(capsys):
@@ -2116,7 +2145,7 @@ def bad(tmp_path_factory, data):
     ('prepare.py', '--dataset={tmp}/x --source={bad}/other.txt --shards=2', 'not come in shards'),
     ('prepare.py', '--dataset={tmp}/x --source={bad}/file', 'is empty'),
     ('prepare.py', '--dataset={tmp}/x --source={bad}/latin1.txt --tokenizer=char', 'not UTF-8'),
-    ('prepare.py', '--dataset={tmp}/x --source={bad}/bad.jsonl --tokenizer=char', 'line 2: a field is miss'),
+    ('prepare.py', '--dataset={tmp}/x --source={bad}/bad.jsonl --tokenizer=char', 'line 2: not JSON, or a'),
     ('bench.py', '--vs={tmp}/none', 'no model.py in this folder'),
     ('bench.py', '--task=hellaswag --init_from={run} --source={bad}/bad.jsonl', 'line 1: not an item'),
     ('bench.py', '--task=loss --init_from={run} --source={bad}/other.txt --stride=17', 'use at most 16'),

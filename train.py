@@ -118,42 +118,47 @@ def peak_flops(device, dtype):
 
 
 @functools.lru_cache(maxsize=2)
-def epoch_windows(n_places, stride, seed, epoch):
-    """The places where the windows of an epoch start: stride apart from a random offset, shuffled."""
+def epoch_windows(n_starts, stride, seed, epoch):
+    """The windows of an epoch: every stride-th of n_starts from a random offset, shuffled."""
     rng = np.random.default_rng((seed, epoch))
-    count = max(1, n_places // stride)
-    offset = rng.integers(n_places - (count - 1) * stride)
+    count = max(1, n_starts // stride)
+    offset = rng.integers(n_starts - (count - 1) * stride)
     return offset + stride * rng.permutation(count)
 
 
-def shuffled_windows(n_places, stride, seed, first, count):
-    """The places where windows first, first + 1, ... of the endless sequence of epochs start."""
-    per_epoch = max(1, n_places // stride)
-    epochs, windows = np.divmod(np.arange(first, first + count), per_epoch)
-    return np.array([epoch_windows(n_places, stride, seed, epoch)[window]
-                     for epoch, window in zip(epochs.tolist(), windows, strict=True)])
+def shuffled_windows(n_starts, stride, seed, first, count):
+    """Windows first, first + 1, ... of the endless sequence of epochs."""
+    per_epoch = max(1, n_starts // stride)
+    epochs, places = np.divmod(np.arange(first, first + count), per_epoch)
+    return np.array([epoch_windows(n_starts, stride, seed, epoch)[place]
+                     for epoch, place in zip(epochs.tolist(), places, strict=True)])
 
 
 def document_windows(mask, block_size):
-    """Where windows of conversations start: each at the first document that the window before does not
-    hold to its end. Only a document longer than a window continues in the next."""
+    """Where windows over conversations start, and how many tokens of answers each predicts. A window
+    starts at the first document that the one before cuts off; a document longer than a window
+    continues in the next. Windows without answers are left out."""
     documents = np.flatnonzero(mask == DOCUMENT_START)
     starts = [0]
-    while (end := starts[-1] + block_size) < len(mask) - 1:  # end: the last token that the window predicts
+    while (end := starts[-1] + block_size) < len(mask) - 1:  # end: the last token that it predicts
         document = documents[np.searchsorted(documents, end + 1, side='right') - 1]
         starts.append(document if document > starts[-1] else end)
-    return np.array(starts)
+    counts = [np.sum(mask[start + 1:start + block_size + 1] == ANSWER) for start in starts]
+    starts, counts = np.array(starts), np.array(counts)
+    return starts[counts > 0], counts[counts > 0]
 
 
 def load_windows(file, dtype, starts, block_size, device, mask=None):
-    """Inputs and targets, (len(starts), block_size): the windows, and the same shifted by one. Targets that
-    are not answers in the mask become -1. The text after the last token is the first."""
+    """Inputs and targets, (len(starts), block_size): the windows, and the same shifted by one. With a
+    mask, targets that are not answers are -1, and so is what fills a window past the last token."""
     data = np.memmap(file, dtype, 'r')  # mapped each time, or pages already read would count as used memory
-    places = (starts[:, None] + np.arange(block_size + 1)) % len(data)
-    ids = data[places].astype(np.int64)
+    positions = starts[:, None] + np.arange(block_size + 1)
+    ids = data[positions % len(data)].astype(np.int64)
     inputs, targets = ids[:, :-1], ids[:, 1:]
     if mask is not None:
-        targets = np.where(mask[places[:, 1:]] == ANSWER, targets, -1)
+        positions = positions[:, 1:]
+        counted = (positions < len(data)) & (mask[positions % len(data)] == ANSWER)
+        targets = np.where(counted, targets, -1)
     batch = torch.from_numpy(np.stack([inputs, targets]))
     if device.startswith('cuda'):
         batch = batch.pin_memory().to(device, non_blocking=True)  # copies while the GPU computes
@@ -328,28 +333,11 @@ if __name__ == '__main__':
         init_from = message[0]
     meta, paths = load_dataset(dataset)
     bins = {split: open(path, 'rb') for split, path in paths.items()}  # kept if prepare.py runs again
+    is_chat = bool(meta.get('chat'))
     masks = dict(train=None, val=None)
-    if meta.get('chat'):
-        masks = {split: np.fromfile(os.path.join(DATA, dataset, f'{split}.mask'), np.uint8) for split in bins}
-
-    def load_batch(split, places):
-        """The windows that start at these places: (inputs, targets)."""
-        batch_starts = np.array([starts[split][place] for place in places])
-        return load_windows(bins[split], meta['dtype'], batch_starts, block_size, device, masks[split])
-
-    def get_batch(step):
-        """This rank's micro-batches of a step, a pure function of (seed, step): its slice of the
-        global batch, which is the same for any number of processes. Each is (inputs, targets, weight
-        of its mean loss): every target of the global batch counts the same."""
-        first = (step * gradient_accumulation_steps + rank * micro_steps) * batch_size
-        places = shuffled_windows(len(starts['train']), stride, seed, first, micro_steps * batch_size)
-        batch = [load_batch('train', micro_batch) for micro_batch in places.reshape(micro_steps, batch_size)]
-        counted = torch.stack([(targets >= 0).sum() for _, targets in batch])
-        total = counted.sum()
-        if ddp:
-            dist.all_reduce(total)
-        weights = counted * world_size / total.clamp(min=1)  # the ranks' gradients will be averaged
-        return [(*micro_batch, weight) for micro_batch, weight in zip(batch, weights, strict=True)]
+    if is_chat:
+        for split in masks:
+            masks[split] = np.fromfile(os.path.join(DATA, dataset, f'{split}.mask'), np.uint8)
 
     # -- model --------------------------------------------------------------------
 
@@ -376,16 +364,9 @@ if __name__ == '__main__':
                 config[name] = value
     raw_model.recompute_activations = activation_checkpointing
     for split, file in bins.items():
-        if meta[f'{split}_tokens'] <= block_size:
+        if meta[f'{split}_tokens'] <= block_size and not is_chat:
             raise UserError(f"{file.name} has {meta[f'{split}_tokens']:,} tokens, too few for a "
                             f'block_size of {block_size}: use a longer text or a smaller block_size')
-
-    # a window of text can start at any token
-    starts = {split: range(meta[f'{split}_tokens'] - block_size) for split in bins}
-    stride = block_size
-    if meta.get('chat'):
-        starts = {split: document_windows(masks[split], block_size) for split in bins}
-        stride = 1
 
     dtype = resolve_dtype(dtype, device, width=raw_model.config.n_embd)
     if dtype == 'float16' and (optimizer == 'muon' or fsdp):
@@ -418,6 +399,37 @@ if __name__ == '__main__':
     model = eval_model
     if ddp and not fsdp:
         model = DDP(eval_model, [device] if device_type == 'cuda' else None, gradient_as_bucket_view=True)
+
+    # -- batches ------------------------------------------------------------------
+
+    windows_per_step = gradient_accumulation_steps * batch_size
+    starts = {}  # where windows can start
+    if is_chat:
+        stride = 1
+        starts['train'], train_counts = document_windows(masks['train'], block_size)
+        starts['val'], _ = document_windows(masks['val'], block_size)
+    else:
+        stride = block_size
+        for split in bins:
+            starts[split] = range(meta[f'{split}_tokens'] - block_size)  # at any token
+
+    def load_batch(split, windows):
+        """The inputs and targets of windows, given by their indices in starts."""
+        window_starts = np.array([starts[split][window] for window in windows])
+        return load_windows(bins[split], meta['dtype'], window_starts, block_size, device, masks[split])
+
+    def get_batch(step):
+        """This rank's micro-batches of a step, a pure function of (seed, step): its slice of the
+        global batch, which is the same for any number of processes. Each is (inputs, targets,
+        weight). The weights make the loss a mean over all targets of the global batch."""
+        windows = shuffled_windows(len(starts['train']), stride, seed, step * windows_per_step,
+                                   windows_per_step).reshape(world_size, micro_steps, batch_size)
+        weights = np.full(micro_steps, 1 / micro_steps)
+        if is_chat:
+            counts = train_counts[windows].sum(axis=2)
+            weights = counts[rank] / (counts.sum() / world_size)  # the ranks' gradients are averaged
+        return [(*load_batch('train', micro_batch), weight)
+                for micro_batch, weight in zip(windows[rank], weights.tolist(), strict=True)]
 
     # -- optimizer ----------------------------------------------------------------
 
@@ -454,8 +466,8 @@ if __name__ == '__main__':
     checkpoint = None  # free its memory
     print0(f'{raw_model.num_params():,} parameters on {device} in {dtype}, '
            f'{optimizer} with learning rate {learning_rate}')
-    print0(f'{tokens_per_step:,} tokens per step, {meta["train_tokens"] / tokens_per_step:,.1f} steps per '
-           f'epoch, {world_size} process{"es" if world_size > 1 else ""}')
+    print0(f'{tokens_per_step:,} tokens per step, {len(starts["train"]) / stride / windows_per_step:,.1f} '
+           f'steps per epoch, {world_size} process{"es" if world_size > 1 else ""}')
     if extensions := beyond_gpt2(raw_model.config):
         print0(f"this model cannot be exported in GPT-2's format: it has {', '.join(extensions)}")
 
@@ -493,17 +505,17 @@ if __name__ == '__main__':
     def estimate_loss(split):
         """Mean loss over windows spread evenly over the split, the same each time. Every rank
         evaluates its share. A signal cuts it short: torchrun kills workers 30 seconds later."""
-        n_places = len(starts[split])
-        count = max(1, min(eval_iters, math.ceil(n_places / stride) // batch_size))
-        places = np.linspace(0, n_places - 1, count * batch_size).astype(np.int64)
-        places = places.reshape(count, batch_size)
+        n_starts = len(starts[split])
+        count = max(1, min(eval_iters, math.ceil(n_starts / stride) // batch_size))
+        windows = np.linspace(0, n_starts - 1, count * batch_size).astype(np.int64)
+        windows = windows.reshape(count, batch_size)
         sums = []  # of losses, and of the targets that count
         eval_model.eval()
         for i in range(rank, math.ceil(count / world_size) * world_size, world_size):
             if stop_signal():
                 return math.nan
             # some ranks repeat a batch at the end, since FSDP needs all ranks in every forward pass
-            x, y = load_batch(split, places[i % count])
+            x, y = load_batch(split, windows[i % count])
             with autocast:
                 _, loss = eval_model(x, y)
             counted = (y >= 0).sum()

@@ -1,0 +1,25 @@
+# Finetune OpenAI's GPT-2 on a few thousand questions and answers.
+# $ python prepare.py --dataset=qa --source=qa.jsonl --tokenizer=gpt2
+# $ python train.py config/finetune_qa.py
+# $ python sample.py --out_dir=out-qa --interactive=True
+#
+# Not run with OpenAI's weights yet.
+
+out_dir = 'out-qa'
+dataset = 'qa'
+init_from = 'gpt2'       # or 'gpt2-medium', 'gpt2-large', 'gpt2-xl'
+
+# 8 sequences x 1,024 tokens a step, one at a time to save memory. 3,000 pairs of 50 tokens are
+# 18 steps an epoch, so 60 steps are about three epochs.
+batch_size = 1
+gradient_accumulation_steps = 8
+max_iters = lr_decay_iters = 60
+learning_rate = 5e-5     # a twelfth of the rate for pretraining, to keep what GPT-2 has learned
+min_lr = 5e-6
+warmup_iters = 6
+dropout = 0.1
+
+eval_interval = 10
+eval_iters = 40
+log_interval = 1
+always_save_checkpoint = False  # save only when the val loss improves
