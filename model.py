@@ -705,7 +705,8 @@ def load_pretrained(source):
                       block_size=block_size, vocab_size=vocab_size,
                       bias='transformer.ln_f.bias' in weights, dropout=0.0)
     return dict(model=weights, model_args=model_args, tokenizer=tokenizer_of(folder, vocab_size),
-                config={}, iter_num=0, best_val_loss=math.inf, path=str(files[0]))
+                chat=read_json(folder / 'meta.json').get('chat'), config={}, iter_num=0,
+                best_val_loss=math.inf, path=str(files[0]))
 
 
 # Our own checkpoints, and nanoGPT's
@@ -782,7 +783,8 @@ def save_checkpoint(checkpoint, path):
 
 def load_checkpoint(source, data=None):
     """Load a checkpoint to the CPU: weights (model), model_args, tokenizer, config,
-    iter_num, best_val_loss, path, and for resuming the optimizer's state.
+    iter_num, best_val_loss, path, the form of conversations (chat), and for resuming the
+    optimizer's state.
 
     The source is the folder of a run (its best.pt, else ckpt.pt), a file that train.py or nanoGPT
     saved, or what from_pretrained takes. Loading it cannot run code. data is the folder of a
@@ -893,7 +895,8 @@ def to_huggingface(checkpoint, folder):
             vocab_size=tok.n_vocab, resid_pdrop=config.dropout, embd_pdrop=config.dropout,
             attn_pdrop=config.dropout),
         'generation_config.json': ends if tok.eot is not None else {},
-        'meta.json': dict(tokenizer=checkpoint['tokenizer'], vocab_size=tok.n_vocab),
+        'meta.json': dict(tokenizer=checkpoint['tokenizer'], vocab_size=tok.n_vocab,
+                          chat=checkpoint.get('chat')),
     }
     if isinstance(tok, BPETokenizer):
         files |= tok.huggingface_files()

@@ -282,7 +282,8 @@ def read(files, what):
             stream = gzip.open(file) if path.lower().endswith('.gz') else file
             try:
                 for text, ends_document, mark in read_file(stream, path):
-                    marks.add(mark)
+                    if len(text) > 0:
+                        marks.add(mark)
                     if None in marks and len(marks) > 1:
                         raise UserError(f'{path}: a source holds either text or conversations: separate them')
                     yield text, ends_document, mark
@@ -341,9 +342,9 @@ QUESTION, ANSWER, DOCUMENT_START = range(3)  # what the mask says of a token; on
 
 def read_record(record):
     """The pieces of a line of JSON: a text, or a conversation up to its last answer."""
-    if 'messages' in record:
+    if record.get('messages'):
         messages = record['messages']
-    elif 'completion' in record:
+    elif record.get('completion') is not None:
         messages = [dict(role='user', content=record['prompt']),
                     dict(role='assistant', content=record['completion'])]
     else:
@@ -352,10 +353,12 @@ def read_record(record):
     pieces = []
     question = ''
     for message in messages:
-        role = message['role']
-        content = message['content'].encode('utf-8', 'replace').decode().strip()
+        role, content = message['role'], message['content']
         if role not in CHAT_FORM:
             raise ValueError(f'the role {role!r} is not {", ".join(CHAT_FORM)}')
+        if not isinstance(content, str):
+            raise ValueError('content is not a string')
+        content = content.encode('utf-8', 'replace').decode().strip()
         if role == 'assistant':
             if not content:
                 raise ValueError('an empty answer')

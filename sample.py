@@ -88,16 +88,20 @@ def write_samples(model, tok, ids, prompt, num_samples):
     begin = time.time()
     count = 0
     idx = torch.tensor([ids] * num_samples, device=model.transformer.wte.weight.device)
-    for tokens in model.generate(idx, max_new_tokens, temperature, top_k, top_p, tok.n_vocab):
-        for i, token in enumerate(tokens.tolist()):
-            is_end = token == tok.eot
-            text = streams[i].feed(b'' if is_end else tok.decode_bytes([token]), final=is_end)
-            texts[i] += text
-            if i == 0:
-                print(text, end='', flush=True)
-        count += num_samples
-        if all(stream.ended for stream in streams):
-            break
+    try:
+        for tokens in model.generate(idx, max_new_tokens, temperature, top_k, top_p, tok.n_vocab):
+            for i, token in enumerate(tokens.tolist()):
+                is_end = token == tok.eot
+                text = streams[i].feed(b'' if is_end else tok.decode_bytes([token]), final=is_end)
+                texts[i] += text
+                if i == 0:
+                    print(text, end='', flush=True)
+            count += num_samples
+            if all(stream.ended for stream in streams):
+                break
+    except KeyboardInterrupt:  # Ctrl-C ends the text, not the session
+        if not interactive:
+            raise
     seconds = time.time() - begin
 
     remainders = [stream.feed(b'', final=True) for stream in streams]
@@ -118,10 +122,9 @@ def continue_text(model, tok, prompt, num_samples):
     write_samples(model, tok, ids, prompt, num_samples)
 
 
-def answer(model, tok, form, system, turns, question):
-    """Print the answer to a question, asked in the form of the training data. Adds both to turns, the ids of
-    the conversation so far, and drops the oldest turns that leave no room."""
-    system = tok.encode(form['system'] + system + '\n').tolist() if system else []
+def answer(model, tok, form, question, turns, system):
+    """Print the answer to a question, asked in the form of the training data. Adds both to turns, which like
+    system are ids, and drops the oldest turns that leave no room."""
     ids = tok.encode(form['user'] + question + '\n' + form['assistant']).tolist()
     block_size = model.config.block_size
     room = block_size - min(max_new_tokens, block_size // 2)
@@ -129,6 +132,31 @@ def answer(model, tok, form, system, turns, question):
         del turns[0]
     text = write_samples(model, tok, system + sum(turns, []) + ids, '', num_samples=1)
     turns.append(ids + tok.encode(text).tolist() + [tok.eot])
+
+
+def converse(model, tok, form, system):
+    """Read one line after another. A model trained on conversations, in this form, answers; others continue
+    the line."""
+    if system:
+        system = form['system'] + system.strip() + '\n'
+    system = tok.encode(system).tolist()
+    turns = []
+    while True:
+        try:
+            line = input('> ' if sys.stdout.isatty() else '')
+            if not form:
+                continue_text(model, tok, line, num_samples=1)
+            elif line.strip() == '/reset':
+                turns = []
+            elif line.strip():
+                answer(model, tok, form, line.strip(), turns, system)
+        except EOFError:  # Ctrl-D
+            print(file=sys.stderr)
+            return
+        except KeyboardInterrupt:  # Ctrl-C
+            print()
+        except (UserError, UnicodeDecodeError) as error:
+            print(f'error: {error}', file=sys.stderr)
 
 
 if __name__ == '__main__':
@@ -144,13 +172,13 @@ if __name__ == '__main__':
     if hasattr(signal, 'SIGPIPE'):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # sample.py | head ends quietly
 
-    prompt = read_prompt(start)
     checkpoint = load_checkpoint(out_dir if init_from == 'resume' else init_from)
     model = GPT.from_checkpoint(checkpoint, dropout=0.0)
     tok = get_tokenizer(checkpoint['tokenizer'])
     form = checkpoint.get('chat')  # of conversations, if the model had them for training
-    if interactive and prompt and not form:
+    if interactive and (start == '-' or start and not form):
         raise UserError('interactive=True reads prompts from the terminal: leave out --start')
+    prompt = read_prompt(start)
     device = resolve_device(device)
     dtype = resolve_dtype(dtype, device)
     trained = ''
@@ -165,22 +193,7 @@ if __name__ == '__main__':
         torch._dynamo.config.suppress_errors = True  # where it fails, go on without it
     optimize_for_generation(model, quantize == 'int8', compile)
     torch.manual_seed(seed)
-    if not interactive:
+    if interactive:
+        converse(model, tok, form, prompt)
+    else:
         continue_text(model, tok, prompt, num_samples)
-    turns = []
-    while interactive:
-        try:
-            line = input('> ' if sys.stdout.isatty() else '')
-            if not form:
-                continue_text(model, tok, line, num_samples=1)
-            elif line.strip() == '/reset':
-                turns = []
-            elif line.strip():
-                answer(model, tok, form, prompt, turns, line.strip())
-        except EOFError:  # Ctrl-D
-            print(file=sys.stderr)
-            break
-        except KeyboardInterrupt:  # Ctrl-C ends the text, not the session
-            print()
-        except (UserError, UnicodeDecodeError) as error:
-            print(f'error: {error}', file=sys.stderr)

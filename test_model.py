@@ -778,7 +778,7 @@ def conversations(folder, kind, records):
 @pytest.mark.parametrize('kind', ['char', 'bpe', 'gpt2'])
 def test_answers_and_their_ends_count(kind, gpt2_files, tmp_path):
     """The mask marks each answer and the end of text after it. Windows hold whole documents if they fit,
-    start inside a document only if it is longer, and predict every answer."""
+    start inside a document only if it is longer, and count every answer once."""
     (train, val), (mask, val_mask) = conversations(tmp_path, kind, RECORDS * 9)
     tok = get_tokenizer(stored(tmp_path / 'qa')[1]['tokenizer'])
     expected = []
@@ -791,23 +791,23 @@ def test_answers_and_their_ends_count(kind, gpt2_files, tmp_path):
 
     documents = [i for i, mark in enumerate(mask) if mark == DOCUMENT_START] + [len(mask)]
     for block_size in (16, 32, 100, 300):
-        starts, counts = document_windows(np.array(mask), block_size)
-        windows = [range(start, min(start + block_size + 1, len(mask))) for start in starts]
-        answers = [[i for i in window[1:] if mask[i] == ANSWER] for window in windows]
+        starts, ends, counts = document_windows(np.array(mask), block_size)
+        windows = [range(start, start + block_size + 1) for start in starts]
+        answers = [[i for i in range(start + 1, end + 1) if mask[i] == ANSWER]
+                   for start, end in zip(starts, ends, strict=True)]
         assert list(map(len, answers)) == counts.tolist() and min(counts) > 0
-        assert {i for group in answers for i in group} == {i for i in range(len(mask)) if mask[i] == ANSWER}
+        assert sum(answers, []) == [i for i in range(len(mask)) if mask[i] == ANSWER]
         for start, end in pairwise(documents):
             inside = [s for s in starts if start < s < end]
             assert all((s - start) % block_size == 0 for s in inside)
             if end - start <= block_size + 1:
                 assert not inside and any(start in window and end - 1 in window for window in windows)
         x, y = load_windows(tmp_path / 'qa' / 'train.bin', stored(tmp_path / 'qa')[1]['dtype'],
-                            np.array(starts), block_size, 'cpu', np.array(mask))
-        for start, inputs, targets in zip(starts, x.tolist(), y.tolist(), strict=True):
-            filled = train + train
-            assert inputs == filled[start:start + block_size]
-            counted = [i < len(train) and mask[i] == ANSWER for i in range(start + 1, start + block_size + 1)]
-            assert targets == [filled[start + 1 + t] if counts else -1 for t, counts in enumerate(counted)]
+                            starts, block_size, 'cpu', np.array(mask), ends)
+        filled = train + train
+        assert x.tolist() == [[filled[i] for i in window[:-1]] for window in windows]
+        assert y.tolist() == [[filled[i] if i in group else -1 for i in window[1:]]
+                              for window, group in zip(windows, answers, strict=True)]
 
 
 PAIR = dict(prompt='x', completion='y')
@@ -815,7 +815,7 @@ PAIR = dict(prompt='x', completion='y')
 
 @pytest.mark.parametrize('records, message', [
     ([PAIR, dict(prompt='x')], 'line 3: not JSON, or a field is missing: use "text", "prompt" and'),
-    ([PAIR | dict(prompt=['x'])], 'line 1: not JSON, or a field is missing: use'),
+    ([PAIR | dict(prompt=['x'])], 'line 1: content is not a string: use'),
     ([PAIR | dict(completion=' ')], 'line 1: an empty answer: use'),
     ([dict(messages=[dict(role='tool', content='x')])], "line 1: the role 'tool' is not system, user, assis"),
     ([dict(messages=[dict(role='user', content='x')])], 'line 1: no answer: use'),
@@ -843,19 +843,20 @@ def test_every_answered_token_counts_the_same(start, tmp_path):
                     torchrun=('--standalone', '--nproc_per_node=2'))
     model = GPT.from_checkpoint(load_checkpoint(str(tmp_path / 'untrained')))
 
-    def slow_loss(ids, mask, starts):
+    def slow_loss(ids, mask, starts, ends):
         losses = []
-        for start in starts:
+        for start, end in zip(starts, ends, strict=True):
             window = ids[start:start + 17]
             logits = model(torch.tensor([window[:-1]]))[0]
             losses += [-logits[0, t].log_softmax(0)[target] for t, target in enumerate(window[1:])
-                       if mask[start + 1 + t] == ANSWER]
+                       if start + 1 + t <= end and mask[start + 1 + t] == ANSWER]
         return torch.stack(losses).mean()
-    starts, _ = document_windows(np.array(mask), 16)
-    loss = slow_loss(train, mask, starts[shuffled_windows(len(starts), 1, 1337, 0, 8)])
+    starts, ends, _ = document_windows(np.array(mask), 16)
+    step = shuffled_windows(len(starts), 1, 1337, 0, 8)
+    loss = slow_loss(train, mask, starts[step], ends[step])
     loss.backward()
     norm = math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters()))
-    val_loss = slow_loss(val, val_mask, document_windows(np.array(val_mask), 16)[0])
+    val_loss = slow_loss(val, val_mask, *document_windows(np.array(val_mask), 16)[:2])
     evaluated, first = read_log(tmp_path / 'one')[:2]
     assert evaluated['val_loss'] == pytest.approx(val_loss.item(), rel=1e-4)
     assert first['loss'] == pytest.approx(loss.item(), rel=1e-4)
@@ -1111,7 +1112,7 @@ def test_transformers_loads_what_we_export(kind, bpe_spec, gpt2_files, tmp_path)
     tok = get_tokenizer(spec)
     padded = math.ceil(tok.n_vocab / 64) * 64
     ours = tiny(vocab_size=padded, bias=kind == 'gpt2')
-    model.to_huggingface(checkpoint_of(ours, spec), str(tmp_path))
+    model.to_huggingface(checkpoint_of(ours, spec) | dict(chat=CHAT_FORM), str(tmp_path))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     idx = torch.randint(tok.n_vocab, (2, 16))
     logits = ours(idx)[0][..., :tok.n_vocab]
@@ -1120,6 +1121,7 @@ def test_transformers_loads_what_we_export(kind, bpe_spec, gpt2_files, tmp_path)
     assert theirs.config.eos_token_id == theirs.generation_config.eos_token_id == tok.eot
 
     loaded, before = load_checkpoint(str(tmp_path)), ours.state_dict()
+    assert loaded['chat'] == CHAT_FORM
     assert loaded['tokenizer'] == spec and loaded['model_args']['vocab_size'] == tok.n_vocab
     for name, w in loaded['model'].items():  # missing biases are exported as zeros
         expected = before.get(name, torch.zeros(len(w)))[:len(w)]
@@ -1907,14 +1909,13 @@ def test_a_conversation_forgets_its_oldest_turns(monkeypatch):
     monkeypatch.setattr(model, 'generate', generate)
     monkeypatch.setattr(sample, 'max_new_tokens', 20)
     turn = 'User: %s\nAssistant:\nok\x03'
-    for system in ('', 'Be kind and brief.'):
+    for system in ('', 'Be kind and brief.\n'):
         turns = []
         for question in (*'abcde', 'long ' * 20):
-            sample.answer(model, tok, CHAT_FORM, system, turns, question)
+            sample.answer(model, tok, CHAT_FORM, question, turns, tok.encode(system).tolist())
         kept = ['a', 'ab', 'abc', 'bcd', 'cde', ['long ' * 20]]
         if system:
             kept = ['a', 'ab', 'bc', 'cd', 'de', ['long ' * 20]]
-            system += '\n'
         conversations = [system + ''.join(turn % question for question in questions) for questions in kept]
         assert seen == [conversation.removesuffix('ok\x03') for conversation in conversations]
         seen.clear()

@@ -135,30 +135,31 @@ def shuffled_windows(n_starts, stride, seed, first, count):
 
 
 def document_windows(mask, block_size):
-    """Where windows over conversations start, and how many tokens of answers each predicts. A window
-    starts at the first document that the one before cuts off; a document longer than a window
-    continues in the next. Windows without answers are left out."""
+    """Windows over conversations: where they start, where the tokens that they count end, and how many
+    these are. A window starts at the first document that the one before cuts off and does not count; a
+    document longer than a window continues in the next. Windows without answers are left out."""
     documents = np.flatnonzero(mask == DOCUMENT_START)
     starts = [0]
     while (end := starts[-1] + block_size) < len(mask) - 1:  # end: the last token that it predicts
         document = documents[np.searchsorted(documents, end + 1, side='right') - 1]
         starts.append(document if document > starts[-1] else end)
-    counts = [np.sum(mask[start + 1:start + block_size + 1] == ANSWER) for start in starts]
-    starts, counts = np.array(starts), np.array(counts)
-    return starts[counts > 0], counts[counts > 0]
+    ends = starts[1:] + [len(mask) - 1]
+    counts = [np.sum(mask[start + 1:end + 1] == ANSWER) for start, end in zip(starts, ends, strict=True)]
+    windows = np.stack([starts, ends, counts])
+    return windows[:, windows[2] > 0]
 
 
-def load_windows(file, dtype, starts, block_size, device, mask=None):
+def load_windows(file, dtype, starts, block_size, device, mask=None, ends=None):
     """Inputs and targets, (len(starts), block_size): the windows, and the same shifted by one. With a
-    mask, targets that are not answers are -1, and so is what fills a window past the last token."""
+    mask, targets that are not answers or lie beyond ends are -1. The text wraps at its end."""
     data = np.memmap(file, dtype, 'r')  # mapped each time, or pages already read would count as used memory
     positions = starts[:, None] + np.arange(block_size + 1)
     ids = data[positions % len(data)].astype(np.int64)
     inputs, targets = ids[:, :-1], ids[:, 1:]
     if mask is not None:
-        positions = positions[:, 1:]
-        counted = (positions < len(data)) & (mask[positions % len(data)] == ANSWER)
-        targets = np.where(counted, targets, -1)
+        answers = mask[positions % len(data)] == ANSWER
+        counted = answers & (positions <= ends[:, None])
+        targets = np.where(counted[:, 1:], targets, -1)
     batch = torch.from_numpy(np.stack([inputs, targets]))
     if device.startswith('cuda'):
         batch = batch.pin_memory().to(device, non_blocking=True)  # copies while the GPU computes
@@ -403,20 +404,20 @@ if __name__ == '__main__':
     # -- batches ------------------------------------------------------------------
 
     windows_per_step = gradient_accumulation_steps * batch_size
-    starts = {}  # where windows can start
-    if is_chat:
-        stride = 1
-        starts['train'], train_counts = document_windows(masks['train'], block_size)
-        starts['val'], _ = document_windows(masks['val'], block_size)
-    else:
-        stride = block_size
-        for split in bins:
-            starts[split] = range(meta[f'{split}_tokens'] - block_size)  # at any token
+    starts, ends, counts = {}, {}, {}
+    for split in bins:
+        if is_chat:
+            stride = 1
+            starts[split], ends[split], counts[split] = document_windows(masks[split], block_size)
+        else:
+            stride = block_size
+            starts[split] = range(meta[f'{split}_tokens'] - block_size)  # windows can start at any token
 
     def load_batch(split, windows):
-        """The inputs and targets of windows, given by their indices in starts."""
-        window_starts = np.array([starts[split][window] for window in windows])
-        return load_windows(bins[split], meta['dtype'], window_starts, block_size, device, masks[split])
+        """The inputs and targets of windows, which are indices in starts."""
+        first = np.array([starts[split][window] for window in windows])
+        last = ends[split][windows] if is_chat else None
+        return load_windows(bins[split], meta['dtype'], first, block_size, device, masks[split], last)
 
     def get_batch(step):
         """This rank's micro-batches of a step, a pure function of (seed, step): its slice of the
@@ -426,8 +427,8 @@ if __name__ == '__main__':
                                    windows_per_step).reshape(world_size, micro_steps, batch_size)
         weights = np.full(micro_steps, 1 / micro_steps)
         if is_chat:
-            counts = train_counts[windows].sum(axis=2)
-            weights = counts[rank] / (counts.sum() / world_size)  # the ranks' gradients are averaged
+            n_counted = counts['train'][windows].sum(axis=2)
+            weights = n_counted[rank] / (n_counted.sum() / world_size)  # the ranks' gradients are averaged
         return [(*load_batch('train', micro_batch), weight)
                 for micro_batch, weight in zip(windows[rank], weights.tolist(), strict=True)]
 
@@ -726,7 +727,7 @@ if __name__ == '__main__':
     elif not eval_only and best_val_loss < math.inf:
         sample = sys.argv[0].replace('train.py', 'sample.py')
         print0(f'best val loss {best_val_loss:.4f}, weights in {out_dir}/best.pt. Sample with\n'
-               f'python {shlex.join([sample, f"--out_dir={out_dir}"])}')
+               f'python {shlex.join([sample, f"--out_dir={out_dir}"])}' + is_chat * ' --interactive=True')
     if rank == 0 and not eval_only:
         log_file.close()
         if wandb_log:
