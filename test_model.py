@@ -7,7 +7,6 @@ All run offline, and on the CPU unless a test asks for more.
 $ python -m pytest
 $ python -m pytest -k generation
 """
-import contextlib
 import dataclasses
 import gzip
 import hashlib
@@ -768,6 +767,7 @@ BY_HAND = [  # each record starts a document
 def conversations(folder, kind, records):
     """Prepare a dataset of records. Returns its tokens and its mask."""
     lines = [json.dumps(record) + '\n\n' for record in records]
+    folder.mkdir(exist_ok=True)
     (folder / 'qa.jsonl').write_text(''.join(lines))
     prepare.prepare(str(folder / 'qa'), str(folder / 'qa.jsonl'), kind, vocab_size=300)
     splits = 'train', 'val'
@@ -788,9 +788,11 @@ def test_answers_and_their_ends_count(kind, gpt2_files, tmp_path):
         roles[0] = role
         expected += zip(ids, roles, strict=True)
     assert list(zip(train + val, mask + val_mask, strict=True)) == expected
+    _, (_, few) = conversations(tmp_path / 'few', kind, RECORDS[:2])  # also when val_fraction would cut one
+    assert few[0] == DOCUMENT_START
 
     documents = [i for i, mark in enumerate(mask) if mark == DOCUMENT_START] + [len(mask)]
-    for block_size in (16, 32, 100, 300):
+    for block_size in (16, documents[1] - 1, 100, 300):
         starts, ends, counts = document_windows(np.array(mask), block_size)
         windows = [range(start, start + block_size + 1) for start in starts]
         answers = [[i for i in range(start + 1, end + 1) if mask[i] == ANSWER]
@@ -1898,7 +1900,7 @@ def test_each_text_ends_at_the_end_of_text(monkeypatch, capsys):
 
 def test_a_conversation_forgets_its_oldest_turns(monkeypatch):
     """The model sees the system message and the newest turns that leave room for an answer, in the form
-    of the training data."""
+    of the training data. /reset makes it forget them all."""
     model = tiny(vocab_size=len(CHARACTERS), block_size=100)
     tok = get_tokenizer(dict(type='char', chars=CHARACTERS))
     seen = []
@@ -1908,16 +1910,21 @@ def test_a_conversation_forgets_its_oldest_turns(monkeypatch):
         yield from torch.tensor([[i] for i in tok.encode('ok')] + [[tok.eot], [5]])
     monkeypatch.setattr(model, 'generate', generate)
     monkeypatch.setattr(sample, 'max_new_tokens', 20)
+    def ask(prompt):
+        if not lines:
+            raise EOFError
+        return lines.pop(0)
+    monkeypatch.setattr(sample, 'input', ask, raising=False)
     turn = 'User: %s\nAssistant:\nok\x03'
+    question = 'long ' * 20 + '?'
     for system in ('', 'Be kind and brief.\n'):
-        turns = []
-        for question in (*'abcde', 'long ' * 20):
-            sample.answer(model, tok, CHAT_FORM, question, turns, tok.encode(system).tolist())
-        kept = ['a', 'ab', 'abc', 'bcd', 'cde', ['long ' * 20]]
+        lines = [*'abcde', question, '/reset', ' f ', '', 'g']
+        sample.converse(model, tok, CHAT_FORM, system)
+        kept = ['a', 'ab', 'abc', 'bcd', 'cde', [question], 'f', 'fg']
         if system:
-            kept = ['a', 'ab', 'bc', 'cd', 'de', ['long ' * 20]]
-        conversations = [system + ''.join(turn % question for question in questions) for questions in kept]
-        assert seen == [conversation.removesuffix('ok\x03') for conversation in conversations]
+            kept = ['a', 'ab', 'bc', 'cd', 'de', [question], 'f', 'fg']
+        expected = [system + ''.join(turn % question for question in questions) for questions in kept]
+        assert seen == [conversation.removesuffix('ok\x03') for conversation in expected]
         seen.clear()
 
 
@@ -1942,29 +1949,31 @@ def test_it_learns_to_answer(tmp_path):
     """From pairs to a conversation in a terminal about new questions. Answers end by themselves, and
     arrow keys find earlier questions."""
     import pty
-    import tty
+    import termios
     capitals = [pair for pair in question_pairs() if ' of ' in pair['prompt']]
     conversations(tmp_path, 'char', capitals)
     main('train.py', *TINY, f'--dataset={tmp_path}/qa', f'--out_dir={tmp_path}/out', '--block_size=64',
          '--max_iters=200', '--lr_decay_iters=200', '--eval_interval=200', '--log_interval=200',
          '--dropout=0.0', '--rope=True', '--qk_norm=True', '--relu2=True', '--optimizer=muon')
     terminal, end = pty.openpty()
-    tty.setraw(terminal)  # no echo
+    attributes = termios.tcgetattr(terminal)
+    attributes[3] &= ~termios.ECHO
+    termios.tcsetattr(terminal, termios.TCSANOW, attributes)
     script = [sys.executable, HERE / 'sample.py', f'--out_dir={tmp_path}/out']
     process = subprocess.Popen([*script, '--interactive=True', '--temperature=0'], stdin=end, stdout=end,
                                stderr=subprocess.DEVNULL, env=os.environ | dict(TERM='dumb'))
     os.close(end)
     one, two = capitals[-2:]
     up = '\x1b[A'  # the arrow key
-    os.write(terminal, f'{one["prompt"]}\n{two["prompt"]}\n/reset\n{up * 3}\n\x04'.encode())
+    os.write(terminal, f'{one["prompt"]}\n{two["prompt"]}\n/reset\n{up * 3}\n'.encode())
     output = b''
-    with contextlib.suppress(OSError):  # at its end
-        while data := os.read(terminal, 1000):
-            output += data
-    os.close(terminal)
+    while output.count(b'> ') < 5:
+        output += os.read(terminal, 1000)
+    os.write(terminal, b'\x04')  # Ctrl-D
     assert process.wait(60) == 0
+    os.close(terminal)
     first, second = one['completion'], two['completion']
-    assert output.decode() == f'> {first}\n> {second}\n> > {first}\n> '
+    assert output.decode().replace('\r', '') == f'> {first}\n> {second}\n> > {first}\n> '
 
 
 def test_the_listed_parameters_add_up(capsys):
