@@ -791,8 +791,10 @@ def test_answers_and_their_ends_count(kind, gpt2_files, tmp_path):
     _, (_, few) = conversations(tmp_path / 'few', kind, RECORDS[:2])  # also when val_fraction would cut one
     assert few[0] == DOCUMENT_START
 
+    exact = [DOCUMENT_START, ANSWER] * 10
+    assert document_windows(np.array(exact), 3)[0].tolist() == [0, 4, 8, 12, 16]
     documents = [i for i, mark in enumerate(mask) if mark == DOCUMENT_START] + [len(mask)]
-    for block_size in (16, documents[1] - 1, 100, 300):
+    for block_size in (16, 32, 100, 300):
         starts, ends, counts = document_windows(np.array(mask), block_size)
         windows = [range(start, start + block_size + 1) for start in starts]
         answers = [[i for i in range(start + 1, end + 1) if mask[i] == ANSWER]
@@ -1918,11 +1920,11 @@ def test_a_conversation_forgets_its_oldest_turns(monkeypatch):
     turn = 'User: %s\nAssistant:\nok\x03'
     question = 'long ' * 20 + '?'
     for system in ('', 'Be kind and brief.\n'):
-        lines = [*'abcde', question, '/reset', ' f ', '', 'g']
+        lines = [*'abcde', '/reset', ' f ', '', 'g', question]
         sample.converse(model, tok, CHAT_FORM, system)
-        kept = ['a', 'ab', 'abc', 'bcd', 'cde', [question], 'f', 'fg']
+        kept = ['a', 'ab', 'abc', 'bcd', 'cde', 'f', 'fg', [question]]
         if system:
-            kept = ['a', 'ab', 'bc', 'cd', 'de', [question], 'f', 'fg']
+            kept = ['a', 'ab', 'bc', 'cd', 'de', 'f', 'fg', [question]]
         expected = [system + ''.join(turn % question for question in questions) for questions in kept]
         assert seen == [conversation.removesuffix('ok\x03') for conversation in expected]
         seen.clear()
@@ -1966,11 +1968,14 @@ def test_it_learns_to_answer(tmp_path):
     one, two = capitals[-2:]
     up = '\x1b[A'  # the arrow key
     os.write(terminal, f'{one["prompt"]}\n{two["prompt"]}\n/reset\n{up * 3}\n'.encode())
+    watchdog = threading.Timer(60, process.kill)
+    watchdog.start()
     output = b''
     while output.count(b'> ') < 5:
         output += os.read(terminal, 1000)
     os.write(terminal, b'\x04')  # Ctrl-D
     assert process.wait(60) == 0
+    watchdog.cancel()
     os.close(terminal)
     first, second = one['completion'], two['completion']
     assert output.decode().replace('\r', '') == f'> {first}\n> {second}\n> > {first}\n> '
