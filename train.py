@@ -519,7 +519,7 @@ if __name__ == '__main__':
             x, y = load_batch(split, windows[i % count])
             with autocast:
                 _, loss = eval_model(x, y)
-            counted = (y >= 0).sum()
+            counted = (y >= 0).sum().float()
             sums.append(torch.stack([loss * counted, counted]))
         eval_model.train()
         n_own = len(range(rank, count, world_size))
