@@ -6,6 +6,7 @@ train.mask and val.mask, which mark the tokens that the loss counts.
 $ python prepare.py --dataset=shakespeare_char  # the embedded text, by chars
 $ python prepare.py --dataset=shakespeare       # the same in GPT-2's tokens
 $ python prepare.py --dataset=mine --source=my_texts/ --tokenizer=bpe
+$ python prepare.py --dataset=qa --source=qa.jsonl # questions and answers
 $ python prepare.py --dataset=fineweb --shards=10 # a billion tokens of FineWeb
 
 A source is a text file, a .jsonl file (both may be gzipped), a .parquet file
@@ -285,7 +286,8 @@ def read(files, what):
                     if len(text) > 0:
                         marks.add(mark)
                     if None in marks and len(marks) > 1:
-                        raise UserError(f'{path}: a source holds either text or conversations: separate them')
+                        kind = 'plain text' if mark is None else 'conversations'
+                        raise UserError(f'{path} holds {kind}, unlike what comes before: separate them')
                     yield text, ends_document, mark
                     progress((done + file.tell()) / 1e6)
             except (OSError, EOFError, ValueError, zlib.error) as error:

@@ -23,14 +23,14 @@ from prepare import get_tokenizer
 
 init_from = 'resume'   # 'resume' (the best model in out_dir), a folder, a checkpoint, or gpt2-xl
 out_dir = 'out'        # folder of a training run
-start = ''             # prompt, or system message; \n is a new line, - stdin, FILE:prompt.txt a file
+start = ''             # prompt or system message, with \n for a new line; FILE:prompt.txt reads a file, - stdin
 num_samples = 3        # number of texts; the first is streamed
 max_new_tokens = 500   # maximum length of each text
 temperature = 0.8      # below 1: more predictable; 0: always the most likely token
 top_k = 200            # sample from the k most likely tokens; 0: from all
 top_p = 1.0            # sample from the fewest tokens with this total probability; 1: no limit
 stop = ''              # end a text before this string
-interactive = False    # read prompts; Ctrl-C ends a text, /reset a conversation, Ctrl-D all
+interactive = False    # a conversation, or one prompt after another, from the terminal or stdin
 seed = 1337            # random seed: change it for different text
 device = 'auto'        # 'cpu', 'cuda', 'cuda:1', 'mps'; auto: the best available
 dtype = 'auto'         # 'float32', 'bfloat16', 'float16'; auto: float32 on a CPU
@@ -137,6 +137,8 @@ def answer(model, tok, form, question, turns, system):
 def converse(model, tok, form, system):
     """Read one line after another. A model trained on conversations, in this form, answers; others continue
     the line."""
+    if form:
+        print('Ctrl-C ends an answer, /reset the conversation, Ctrl-D the session', file=sys.stderr)
     if system:
         system = form['system'] + system.strip() + '\n'
     system = tok.encode(system).tolist()
@@ -177,7 +179,7 @@ if __name__ == '__main__':
     tok = get_tokenizer(checkpoint['tokenizer'])
     form = checkpoint.get('chat')  # of conversations, if the model had them for training
     if interactive and (start == '-' or start and not form):
-        raise UserError('interactive=True reads prompts from the terminal: leave out --start')
+        raise UserError(f'start={start!r}, but with interactive=True prompts come from stdin: leave it out')
     prompt = read_prompt(start)
     device = resolve_device(device)
     dtype = resolve_dtype(dtype, device)
@@ -196,4 +198,6 @@ if __name__ == '__main__':
     if interactive:
         converse(model, tok, form, prompt)
     else:
+        if form:
+            print('trained on conversations: add --interactive=True to get answers', file=sys.stderr)
         continue_text(model, tok, prompt, num_samples)

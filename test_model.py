@@ -824,8 +824,8 @@ PAIR = dict(prompt='x', completion='y')
     ([dict(messages=[dict(role='tool', content='x')])], "line 1: the role 'tool' is not system, user, assis"),
     ([dict(messages=[dict(role='user', content='x')])], 'line 1: no answer: use'),
     ([PAIR], 'has one conversation: give two'),
-    ([PAIR, dict(text='x')], 'a source holds either text or conversations'),
-    ([dict(text='x'), PAIR], 'a source holds either text or conversations'),
+    ([PAIR, dict(text='x')], 'qa.jsonl holds plain text, unlike what comes before'),
+    ([dict(text='x'), PAIR], 'qa.jsonl holds conversations, unlike'),
 ])
 def test_bad_conversations_are_refused(records, message, tmp_path):
     refuses(message, conversations, tmp_path, 'bpe', records)
