@@ -23,7 +23,7 @@ from prepare import get_tokenizer
 
 init_from = 'resume'   # 'resume' (the best model in out_dir), a folder, a checkpoint, or gpt2-xl
 out_dir = 'out'        # folder of a training run
-start = ''             # prompt or system message, with \n for a new line; FILE:prompt.txt reads a file, - stdin
+start = ''             # prompt or system message, \n for a new line; FILE:prompt.txt reads a file, - stdin
 num_samples = 3        # number of texts; the first is streamed
 max_new_tokens = 500   # maximum length of each text
 temperature = 0.8      # below 1: more predictable; 0: always the most likely token
