@@ -139,8 +139,9 @@ def converse(model, tok, form, system):
     the line."""
     if form:
         print('Ctrl-C ends an answer, /reset the conversation, Ctrl-D the session', file=sys.stderr)
+    system = system.strip()
     if system:
-        system = form['system'] + system.strip() + '\n'
+        system = form['system'] + system + '\n'
     system = tok.encode(system).tolist()
     turns = []
     while True:

@@ -765,7 +765,7 @@ BY_HAND = [  # each record starts a document
 
 
 def conversations(folder, kind, records):
-    """Prepare a dataset of records. Returns its tokens and its mask."""
+    """Prepare a dataset of records. Returns the tokens and masks of both splits."""
     lines = [json.dumps(record) + '\n\n' for record in records]
     folder.mkdir(exist_ok=True)
     (folder / 'qa.jsonl').write_text(''.join(lines))
@@ -836,7 +836,7 @@ def test_an_answer_needs_a_token_to_end_it(data, tmp_path):
 
 
 def test_every_answered_token_counts_the_same(start, tmp_path):
-    """Micro-batches have from none to many answered tokens. The loss, its gradient and the val loss
+    """Micro-batches have few or many tokens of answers. The loss, its gradient and the val loss
     are means over all those tokens, for one process and for two."""
     (train, val), (mask, val_mask) = conversations(tmp_path, 'char', RECORDS * 30)
     args = [*TINY, f'--dataset={tmp_path}/qa', '--dropout=0.0', '--gradient_accumulation_steps=8',
@@ -1700,7 +1700,7 @@ def test_a_signal_cuts_an_evaluation_short(data, tmp_path, monkeypatch):
 
 def test_a_folder_has_one_writer(data, tmp_path):
     """Another process is refused, until the writer ends or is killed."""
-    hold = 'import sys, prepare; lock = prepare.lock_folder(sys.argv[1]); print("locked"); input()'
+    hold = 'import sys, prepare\nlock = prepare.lock_folder(sys.argv[1])\nprint("locked")\ninput()'
     refused = 'another process is writing to'
     writers = [partial(prepare.prepare, str(tmp_path), source=f'{data.parent}/input.txt', tokenizer='char'),
                partial(main, 'train.py', *TINY, f'--dataset={data}', f'--out_dir={tmp_path}'),
@@ -1912,6 +1912,7 @@ def test_a_conversation_forgets_its_oldest_turns(monkeypatch):
         yield from torch.tensor([[i] for i in tok.encode('ok')] + [[tok.eot], [5]])
     monkeypatch.setattr(model, 'generate', generate)
     monkeypatch.setattr(sample, 'max_new_tokens', 20)
+
     def ask(prompt):
         if not lines:
             raise EOFError
@@ -1948,8 +1949,8 @@ def question_pairs():
 
 @linux_only
 def test_it_learns_to_answer(tmp_path):
-    """From pairs to a conversation in a terminal about new questions. Answers end by themselves, and
-    arrow keys find earlier questions."""
+    """A model trained on pairs answers new questions in a terminal. Each answer ends without --stop or
+    Ctrl-C, and the arrow keys recall earlier questions."""
     import pty
     import termios
     capitals = [pair for pair in question_pairs() if ' of ' in pair['prompt']]

@@ -404,14 +404,15 @@ if __name__ == '__main__':
     # -- batches ------------------------------------------------------------------
 
     windows_per_step = gradient_accumulation_steps * batch_size
-    starts, ends, counts = {}, {}, {}
-    for split in bins:
-        if is_chat:
-            stride = 1
+    # a window of text can start at any token; those of an epoch are a stride apart
+    starts = {split: range(meta[f'{split}_tokens'] - block_size) for split in bins}
+    stride = block_size
+    if is_chat:
+        ends = {}
+        counts = {}
+        for split in bins:
             starts[split], ends[split], counts[split] = document_windows(masks[split], block_size)
-        else:
-            stride = block_size
-            starts[split] = range(meta[f'{split}_tokens'] - block_size)  # windows can start at any token
+        stride = 1
 
     def load_batch(split, windows):
         """The inputs and targets of windows, which are indices in starts."""
