@@ -3,7 +3,6 @@ Measure how fast this code is, and how good a model is.
 
 $ python bench.py --task=train                       # train GPT-2 124M
 $ python bench.py --task=generate --quantize=int8
-$ python bench.py --task=prepare --tokenizer=gpt2
 $ python bench.py --task=generate --vs=../nanoGPT    # both, interleaved
 $ python bench.py --task=hellaswag --init_from=gpt2  # commonsense accuracy
 $ python bench.py --task=loss --init_from=gpt2 --source=book.txt
@@ -12,18 +11,14 @@ $ python bench.py --task=curves --runs=out-a,out-b --axis=seconds
 The last line of the output is the result as JSON. Under torchrun, train
 measures DDP, and the processes share the work of hellaswag and loss.
 """
-import contextlib
-import io
 import json
 import math
 import os
 import re
 import runpy
-import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from functools import partial
 
@@ -35,25 +30,22 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.nn.utils.rnn import pad_sequence
 
 from configurator import UserError, check, configure, keep_memory, optional, resolve_device, resolve_dtype
-from model import GPT, config_from_settings, load_checkpoint, optimize_for_generation
-from prepare import DATA, SHAKESPEARE, Progress, encode_files, get_tokenizer, load_dataset, locate, prepare
-from train import exit_together, peak_flops
+from model import (
+    GPT,
+    GPTConfig,
+    config_from_settings,
+    configure_optimizers,
+    load_checkpoint,
+    optimize_for_generation,
+    peak_flops,
+)
+from prepare import DATA, Progress, encode_files, get_tokenizer, load_dataset, locate
 
-task = 'train'      # 'train', 'generate', 'prepare', 'hellaswag', 'loss' or 'curves'
-# model
-init_from = ''      # a run's folder, a checkpoint, or gpt2-xl; '': random weights of this shape
-block_size = 1024   # tokens in a sequence
-n_layer = 12
-n_head = 12
-n_embd = 768
-vocab_size = 50304
-dropout = 0.0
-bias = False
-rope = False
-qk_norm = False
-relu2 = False
+task = 'train'      # 'train', 'generate', 'hellaswag', 'loss' or 'curves'
+init_from = ''      # a run's folder, a checkpoint, or gpt2-xl; '': random weights
 # speed
-vs = ''             # rival to compare with: a checkout of nanoGPT, or for generate 'transformers'
+rival = ''          # measure this instead: a checkout of nanoGPT
+vs = ''             # measure both this code and a checkout of nanoGPT, interleaved
 batch_size = 0      # sequences side by side; 0: 1 for generate, otherwise 8
 repeats = 5         # number of measurements; their median is reported
 profile = False     # train, generate: print where the time goes, and write trace.json
@@ -62,8 +54,6 @@ warmup = 3          # train: steps before the first measurement
 steps = 5           # train: steps in a measurement
 prompt = 32         # generate: tokens in the prompt
 new_tokens = 128    # generate: tokens to write
-tokenizer = 'gpt2'  # prepare: 'char', 'gpt2' or 'bpe'
-megabytes = 32      # prepare: size of the text
 # quality
 source = ''         # loss: a text or a val.bin; hellaswag: its file, '': download it
 stride = 0          # loss: tokens from the start of one window to the next; 0: half a window
@@ -74,12 +64,31 @@ plot = ''           # picture to write, such as curves.png; '': draw in the term
 # system
 seed = 1337
 device = 'auto'     # 'cpu', 'cuda', 'cuda:1', 'mps'; auto: the best available
-dtype = 'auto'      # 'float32', 'bfloat16', 'float16'; auto: the fastest, for quality float32
+dtype = 'auto'      # 'float32', 'bfloat16', 'float16'; auto: bfloat16 on a GPU, for quality float32
 compile = 'auto'    # torch.compile: True, False; auto: on CUDA
 quantize = ''       # 'int8': 8-bit arithmetic on a CPU, for all tasks but train
 
+globals().update(vars(GPTConfig(vocab_size=50304, bias=False)))  # the model's settings
+
 HELLASWAG = 'https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl'
 
+settings = configure(globals())
+check(settings, "task in ('train', 'generate', 'hellaswag', 'loss', 'curves')", 'repeats > 0', 'steps > 0',
+      'prompt > 0', 'new_tokens > 1', 'stride >= 0', "optimizer in ('adamw', 'muon')",
+      "axis in ('steps', 'tokens', 'seconds')", "quantize in ('', 'int8')")
+config = config_from_settings(settings)
+rank = int(os.environ.get('RANK', 0))
+world_size = int(os.environ.get('WORLD_SIZE', 1))
+device = resolve_device(device)
+device_type = device.partition(':')[0]
+machine = torch.cuda.get_device_name(device) if device_type == 'cuda' else device
+if not rival:
+    keep_memory()
+torch.manual_seed(seed)
+if world_size > 1 and not vs:
+    dist.init_process_group('cpu:gloo,cuda:nccl' if device_type == 'cuda' else 'gloo')
+if rank > 0:
+    sys.stdout = open(os.devnull, 'w')
 
 # -- speed --------------------------------------------------------------------
 
@@ -98,32 +107,13 @@ def load_model():
     """The model to measure, and its tokenizer's spec: None where the weights are random."""
     if init_from:
         checkpoint = rank_0_first(load_checkpoint, init_from)
-        return GPT.from_checkpoint(checkpoint, dropout=dropout), checkpoint['tokenizer']
-    config = config_from_settings(settings)
+        return GPT.from_checkpoint(checkpoint, dropout=config.dropout), checkpoint['tokenizer']
     if not rival:
         return GPT(config), None
-    if rival == 'transformers':
-        hf = optional('transformers', 'vs=transformers')
-        hf_config = hf.GPT2Config(**vars(config), n_positions=config.block_size,
-                                  bos_token_id=0, eos_token_id=0)
-        return hf.GPT2LMHeadModel(hf_config), None
     nanogpt = runpy.run_path(os.path.join(rival, 'model.py'))
     fields = nanogpt['GPTConfig'].__dataclass_fields__
     args = {name: value for name, value in vars(config).items() if name in fields}
     return nanogpt['GPT'](nanogpt['GPTConfig'](**args)), None
-
-
-def time_rounds(work):
-    """Call work repeats times, and return the seconds that each call takes."""
-    synchronize = getattr(torch, device_type).synchronize
-    seconds = []
-    for _ in range(repeats):
-        synchronize()
-        begin = time.perf_counter()
-        work()
-        synchronize()
-        seconds.append(time.perf_counter() - begin)
-    return seconds
 
 
 def print_profile(work):
@@ -131,8 +121,7 @@ def print_profile(work):
     with torch.profiler.profile() as profiler:
         work()
     order = 'self_cpu_time_total' if device_type == 'cpu' else 'self_device_time_total'
-    table = profiler.key_averages().table(sort_by=order, row_limit=20, max_name_column_width=40)
-    print(table)
+    print(profiler.key_averages().table(sort_by=order, row_limit=20, max_name_column_width=40))
     profiler.export_chrome_trace('trace.json')
 
 
@@ -140,40 +129,34 @@ def peak_memory():
     """The most bytes in use so far, on the GPU or by this process; None where unknown."""
     if device_type == 'cuda':
         return torch.cuda.max_memory_allocated()
-    if sys.platform != 'linux':
-        return None
-    import resource
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if sys.platform == 'linux':
+        import resource
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def measure_training():
     """Time training steps on random tokens."""
-    if quantize:
-        raise UserError(f'quantize={quantize}: 8-bit weights cannot be trained, leave it out')
     model, _ = load_model()
     model.to(device).train()
-    config = model.config
-    train_dtype = resolve_dtype(dtype, device, width=config.n_embd)
-    if rival and device_type != 'cuda':
-        train_dtype = 'float32'  # nanoGPT's choice
+    train_dtype = resolve_dtype(dtype, device)
     hyperparameters = 0.1, 6e-4, (0.9, 0.95)  # weight decay, learning rate, betas
     if rival:
         optimizers = [model.configure_optimizers(*hyperparameters, device_type)]
     else:
-        optimizers = model.configure_optimizers(optimizer, *hyperparameters).values()
+        optimizers = configure_optimizers(model, optimizer, *hyperparameters)
         flops_per_token = model.flops_per_token()
+    shape = 2, batch_size or 8, model.config.block_size
+    x, y = torch.randint(model.config.vocab_size, shape, device=device)
     compiled = device_type == 'cuda' if compile == 'auto' else compile
     if compiled and device_type == 'cpu' and not rival:
         model.compile_blocks()
     elif compiled:
-        model = torch.compile(model)
+        model.compile()
     if world_size > 1:
         device_ids = [device] if device_type == 'cuda' else None
         model = DDP(model, device_ids, gradient_as_bucket_view=True)
     autocast = torch.autocast(device_type, getattr(torch, train_dtype), train_dtype != 'float32')
     scaler = torch.amp.GradScaler(device_type, enabled=train_dtype == 'float16')
-    shape = batch_size or 8, min(block_size, config.block_size)
-    x, y = torch.randint(config.vocab_size, (2, *shape), device=device)
 
     def train(count):
         """Take steps that do the same work as train.py's."""
@@ -190,8 +173,15 @@ def measure_training():
             scaler.update()
             model.zero_grad(set_to_none=True)
 
+    synchronize = getattr(torch, device_type).synchronize
     train(warmup)
-    step_ms = [1000 * seconds / steps for seconds in time_rounds(partial(train, steps))]
+    synchronize()
+    step_ms = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        train(steps)
+        synchronize()
+        step_ms.append(1000 * (time.perf_counter() - begin) / steps)
     if profile:
         print_profile(partial(train, steps))
     rates = [world_size * x.numel() / ms * 1000 for ms in step_ms]
@@ -208,21 +198,17 @@ def measure_generation():
     model, _ = load_model()
     model_dtype = resolve_dtype(dtype, device)
     model.to(device, getattr(torch, model_dtype)).eval()
-    compiled = device_type == 'cuda' if compile == 'auto' else compile
     parameters = sum(p.numel() for p in model.parameters())
     if not rival:
-        optimize_for_generation(model, quantize == 'int8', compiled)
+        optimize_for_generation(model, quantize == 'int8')
     rows = batch_size or 1
     idx = torch.randint(min(model.config.vocab_size, 50257), (rows, prompt), device=device)
     options = dict(max_new_tokens=new_tokens, temperature=0.8, top_k=200)
-    if rival == 'transformers':
-        options |= dict(min_new_tokens=new_tokens, do_sample=True, pad_token_id=0)
 
     def write():
         """Return the time at the start and after each token; a rival yields all tokens at once."""
         times = [time.perf_counter()]
-        tokens = model.generate(idx, **options)
-        for token in [tokens] if rival else tokens:
+        for token in [model.generate(idx, **options)] if rival else model.stream(idx, **options):
             token.tolist()  # waits for the GPU
             times.append(time.perf_counter())
         return times
@@ -233,50 +219,25 @@ def measure_generation():
         print_profile(write)
     result = dict(dtype=model_dtype, parameters=parameters)
     result['tokens_per_second'] = [rows * new_tokens / (t[-1] - t[0]) for t in rounds]
-    if not rival and new_tokens > 1:
+    if not rival:
         result['first_token_ms'] = [1000 * (t[1] - t[0]) for t in rounds]
         result['decode_per_second'] = [rows * (new_tokens - 1) / (t[-1] - t[1]) for t in rounds]
     return result
 
 
-def measure_tokenizing():
-    """Measure MB per second from text to bins. The embedded text is repeated to fill megabytes."""
-    with open(SHAKESPEARE, encoding='utf-8') as f:
-        text = f.read()
-    size = megabytes * 1_000_000
-    text = (text * (size // len(text) + 1))[:size]
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, 'input.txt')
-        with open(path, 'w', encoding='utf-8') as f:
-            f.write(text)
-        work = partial(prepare, os.path.join(folder, 'ours'), path, tokenizer)
-        if rival:  # its script reads the input.txt beside it
-            dataset = 'shakespeare_char' if tokenizer == 'char' else 'shakespeare'
-            script = os.path.join(rival, 'data', dataset, 'prepare.py')
-            work = partial(runpy.run_path, shutil.copy(script, folder))
-        with contextlib.redirect_stdout(io.StringIO()):
-            seconds = time_rounds(work)
-    return {tokenizer: [megabytes / s for s in seconds]}
-
-
 def compare():
     """Measure this code and the rival, interleaved, each time in a new process."""
-    if task not in ('train', 'generate', 'prepare') or init_from or world_size > 1:
-        raise UserError(f'vs={vs} is for train, generate and prepare, without init_from or torchrun')
-    is_hf = vs == 'transformers' and task == 'generate'
-    if not is_hf and not os.path.exists(os.path.join(vs, 'model.py')):
-        raise UserError(f'vs={vs}: no model.py in this folder: name a checkout of nanoGPT')
     command = [sys.executable, __file__, *sys.argv[1:], '--vs=', '--repeats=1']
+    rivals = dict(ours='', theirs=vs)
     results = dict(ours=[], theirs=[])
     for _ in range(repeats):
         for side in results:
-            env = os.environ | dict(BENCH_RIVAL=vs if side == 'theirs' else '')
-            child = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True)
+            child = subprocess.run([*command, f'--rival={rivals[side]}'], stdout=subprocess.PIPE, text=True)
             if child.returncode:
                 raise UserError(f'vs={vs}: measuring {side} failed, for the reason above')
             results[side].append(json.loads(child.stdout.splitlines()[-1]))
     medians = dict(ours={}, theirs={})
-    for name in ('tokens_per_second', 'memory', 'char', 'gpt2', 'bpe'):
+    for name in ('tokens_per_second', 'memory'):
         if results['ours'][0].get(name):
             for side in results:
                 medians[side][name] = statistics.median(result[name] for result in results[side])
@@ -308,18 +269,12 @@ def score_hellaswag():
     path = rank_0_first(locate, source or HELLASWAG, os.path.join(DATA, task))[0]
     with open(path, encoding='utf-8') as f:
         lines = list(f)
-    if not lines:
-        raise UserError(f'source={source!r} is empty: pass a HellaSwag file')
     correct = torch.zeros(2)
-    progress = Progress(task, len(lines), 'items')
+    progress = Progress('items', len(lines))
     for number in range(rank, len(lines), world_size):
-        try:
-            item = json.loads(lines[number])
-            context = tok.encode(item['ctx']).tolist()
-            endings = [tok.encode(f' {ending}').tolist() for ending in item['endings']]
-            label = range(len(endings)).index(item['label'])
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f'{path}, line {number + 1}: not an item with ctx, endings and label') from None
+        item = json.loads(lines[number])
+        context = tok.encode(item['ctx']).tolist()
+        endings = [tok.encode(f' {ending}').tolist() for ending in item['endings']]
         inputs, targets = [], []
         for ending in endings:  # long contexts are cut from the left
             ids = torch.tensor((context + ending)[-model.config.block_size - 1:])
@@ -332,7 +287,7 @@ def score_hellaswag():
         logits = model(x)[0].transpose(1, 2).float()
         losses = F.cross_entropy(logits, y, ignore_index=-1, reduction='none').sum(dim=1)
         means = losses / (y >= 0).sum(dim=1)
-        correct += torch.tensor([losses.argmin() == label, means.argmin() == label])
+        correct += torch.tensor([losses.argmin() == item['label'], means.argmin() == item['label']])
         progress(number)
     if world_size > 1:
         dist.all_reduce(correct)
@@ -349,7 +304,8 @@ def read_ids(tok, spec):
                             f'or prepare it with --tokenizer={init_from}')
         return np.fromfile(source, meta['dtype'])
     files = rank_0_first(locate, source, os.path.join(DATA, task))
-    return np.concatenate([np.array([], np.uint16), *(ids for ids, *_ in encode_files(files, tok))])
+    ids = np.concatenate([ids for ids, _ in encode_files(files, tok)])
+    return ids[:-1] if ids[-1:] == tok.eot else ids  # do not score the end of the last document
 
 
 @torch.no_grad()
@@ -359,15 +315,13 @@ def score_text():
     model, tok, spec = load_for_evaluation()
     ids = read_ids(tok, spec)
     count = len(ids) - 1
-    if count < 1:
-        raise UserError(f'source={source!r} has {len(ids)} tokens, nothing to predict')
     size = model.config.block_size
     if stride > size:
         raise UserError(f'stride={stride} skips tokens: use at most {size}, the block_size of the model')
     last = max(0, count - size)
     starts = [*range(0, last, stride or max(1, size // 2)), last]
     total = torch.zeros((), dtype=torch.float64)
-    progress = Progress(task, len(starts), 'windows')
+    progress = Progress('windows', len(starts))
     for i in range(rank, len(starts), world_size):
         window = ids[starts[i]:starts[i] + size + 1].astype(np.int64)
         window = torch.from_numpy(window).to(device)
@@ -402,34 +356,30 @@ def read_nanogpt_output(path):
     return entries
 
 
-def read_run(path, axis):
-    """The losses of a run: {'train': [(x, loss), ...], 'val': [(x, loss), ...]}, x as the axis says."""
+def read_run(path):
+    """The losses of a run: {'train': [(x, loss), ...], 'val': [(x, loss), ...]}, x as axis says."""
     if os.path.isfile(path):
         entries = read_nanogpt_output(path)
     else:
         with open(os.path.join(path, 'log.jsonl'), encoding='utf-8') as f:
             entries = [json.loads(line) for line in f if line.endswith('}\n')]  # whole lines
-    points = dict(train=[], val=[])
+    points = dict(train={}, val={})
     x = 'iter' if axis == 'steps' else axis
     for entry in entries:
         for split, y in (('train', 'loss'), ('val', 'val_loss')):
-            if y in entry and x not in entry:
-                raise UserError(f'{path} has no {x!r}: use another axis')
-            if y in entry and math.isfinite(entry[y]):
-                points[split].append((entry[x], entry[y]))
+            if math.isfinite(entry.get(y, math.nan)):  # the last entry of a step counts
+                points[split][entry['iter']] = entry[x], entry[y]
     if not points['val']:
         raise UserError(f'{path} has no evaluation yet')
-    return points
+    return {split: [points[split][step] for step in sorted(points[split])] for split in points}
 
 
 def draw_curves():
     """Draw the losses of runs, and return the best val loss of each."""
-    if not runs:
-        raise UserError('task=curves needs runs: add --runs=out-a,out-b, for example')
     curves = {}
     for run in runs.split(','):
         name, _, path = run.rpartition('=')
-        curves[name or path] = read_run(path, axis)
+        curves[name or path] = read_run(path)
     # a scale that includes the first evaluation would flatten the rest
     losses = [y for points in curves.values() for _, y in points['val'][1:] or points['val']]
     margin = (max(losses) - min(losses)) / 20 or 0.1
@@ -443,10 +393,8 @@ def draw_picture(curves, low, high):
     """Write a picture of val and train losses between low and high."""
     figure, axes = optional('matplotlib.pyplot', f'plot={plot}').subplots(figsize=(8, 5))
     for number, (name, points) in enumerate(curves.items()):
-        for split, style in (('train', dict(alpha=0.3)), ('val', dict(marker='o', label=name))):
-            x = [x for x, _ in points[split]]
-            y = [y for _, y in points[split]]
-            axes.plot(x, y, color=f'C{number}', **style)
+        axes.plot(*zip(*points['train'], strict=True), color=f'C{number}', alpha=0.3)
+        axes.plot(*zip(*points['val'], strict=True), color=f'C{number}', marker='o', label=name)
     axes.set(title='val loss (faint: train loss)', xlabel=axis, ylabel='loss', ylim=(low, high))
     axes.xaxis.set_major_formatter('{x:,.0f}')
     axes.legend()
@@ -473,43 +421,20 @@ def draw_in_terminal(curves, low, high, width=70, height=20):
     print(f'{"0":>10}{"".join(ticks)}\n{axis:>78}')
 
 
-# -- main ---------------------------------------------------------------------
+# -- run a task ---------------------------------------------------------------
 
-TASKS = dict(train=measure_training, generate=measure_generation, prepare=measure_tokenizing,
-             hellaswag=score_hellaswag, loss=score_text, curves=draw_curves)
-
-if __name__ == '__main__':
-    settings = configure(globals())
-    check(settings, f'task in {tuple(TASKS)}', 'batch_size >= 0', 'repeats > 0', 'warmup >= 0',
-          'steps > 0', 'prompt > 0', 'new_tokens > 0', 'megabytes > 0', 'stride >= 0', 'seed >= 0',
-          "optimizer in ('adamw', 'muon')", "tokenizer in ('char', 'gpt2', 'bpe')",
-          "axis in ('steps', 'tokens', 'seconds')", "quantize in ('', 'int8')",
-          "compile in (True, False, 'auto')")
-    # With --vs, this script starts child processes. Those that measure the rival find its name here.
-    rival = os.environ.get('BENCH_RIVAL', '')
-    rank = int(os.environ.get('RANK', 0))
-    world_size = int(os.environ.get('WORLD_SIZE', 1))
-    device = resolve_device(device)
-    device_type = device.partition(':')[0]
-    machine = f'{device}, {torch.get_num_threads()} threads'
-    if device_type == 'cuda':
-        machine = torch.cuda.get_device_name(device)
-    if not rival:
-        keep_memory()
-    torch.manual_seed(seed)
-    if world_size > 1 and not vs:
-        dist.init_process_group('cpu:gloo,cuda:nccl' if device_type == 'cuda' else 'gloo')
-    if rank > 0:
-        sys.stdout = open(os.devnull, 'w')
-
-    result = compare() if vs else TASKS[task]()
-    for name, value in result.items():
-        if isinstance(value, list):
-            result[name] = statistics.median(value)
-            print(f'{name:<20}{result[name]:,.2f}, median of {len(value)}, '
-                  f'{min(value):,.2f} to {max(value):,.2f}')
-        elif not vs:
-            print(f'{name:<20}{value:,.4f}' if isinstance(value, float) else f'{name:<20}{value}')
-    print(json.dumps(dict(task=task, model=init_from, device=machine, **result)), flush=True)
-    if world_size > 1:
-        exit_together(0)
+functions = dict(train=measure_training, generate=measure_generation, hellaswag=score_hellaswag,
+                 loss=score_text, curves=draw_curves)
+result = compare() if vs else functions[task]()
+for name, value in result.items():
+    if isinstance(value, list):
+        result[name] = statistics.median(value)
+        print(f'{name:<20}{result[name]:,.2f}, median of {len(value)}, '
+              f'{min(value):,.2f} to {max(value):,.2f}')
+    elif not vs:
+        print(f'{name:<20}{value:,.4f}' if isinstance(value, float) else f'{name:<20}{value}')
+print(json.dumps(dict(task=task, model=init_from, device=machine, **result)), flush=True)
+if world_size > 1:  # wait for all ranks; os._exit skips the shutdown of gloo's threads
+    dist.barrier()
+    dist.destroy_process_group()
+    os._exit(0)

@@ -18,9 +18,6 @@ import platform
 import re
 import sys
 import textwrap
-import time
-import traceback
-from functools import partial
 
 BOOLEANS = {'True': True, 'true': True, '1': True, 'False': False, 'false': False, '0': False}
 TYPE_NAMES = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'text in quotes'}
@@ -45,7 +42,7 @@ def configure(namespace, argv=None):
     settings = {name: value for name, value in namespace.items()
                 if re.fullmatch('[a-z][a-z0-9_]*', name) and isinstance(value, (bool, int, float, str))}
     defaults = dict(settings)
-    sys.excepthook = partial(_report_error, settings)
+    sys.excepthook = _report_error
 
     def override(name, value, source):
         if name not in settings:
@@ -59,13 +56,13 @@ def configure(namespace, argv=None):
         if arg in ('--help', '-h'):
             _print_help(namespace, defaults)
             sys.exit(0)
-        if not arg.startswith('--') and (not equals or os.path.exists(arg)):
+        elif not arg.startswith('--'):
             for name, value in _run_file(arg, settings).items():
                 override(name, value, arg)
-        elif name in settings and not (equals and arg.startswith('--')):
-            raise UserError(f'{arg}: write --{name}={value or "VALUE"}, without spaces')
-        else:
+        elif equals:
             override(name, value, arg)
+        else:
+            raise UserError(f'{arg}: write --{name}=VALUE, without spaces')
     namespace.update(settings)
     return settings
 
@@ -104,15 +101,8 @@ def _run_file(path, settings):
     if not os.path.isfile(path) or not path.endswith('.py'):
         raise UserError(f'there is no override file {path!r} (.py): write a setting as --name=value')
     scope = dict(settings, __file__=path, __name__='config')
-    try:
-        with open(path, encoding='utf-8-sig') as f:
-            exec(compile(f.read(), path, 'exec'), scope)
-    except (Exception, SystemExit) as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        lines = [1] + [frame.lineno for frame in frames if frame.filename == path]
-        line = getattr(error, 'lineno', None) or lines[-1]
-        raise UserError(f'{path}, line {line}: {type(error).__name__}: {error}') from error
-
+    with open(path, encoding='utf-8-sig') as f:
+        exec(compile(f.read(), path, 'exec'), scope)
     return {name: value for name, value in scope.items() if name in settings
             or not (name.startswith('_') or callable(value) or isinstance(value, type(sys)))}
 
@@ -132,6 +122,8 @@ def _print_help(namespace, defaults):
         name = f'  --{setting[1]}={remaining.pop(setting[1])!r}'
         comment = textwrap.wrap(setting[2] or '', 47)
         print(f'{name:<32} ' + ('\n' + ' ' * 33).join(comment))
+    for name, value in remaining.items():  # bench.py takes the model's from model.py
+        print(f'  --{name}={value!r}')
 
 
 def check(settings, *rules):
@@ -151,38 +143,20 @@ def optional(module, needed_for):
         raise UserError(f'{needed_for} needs one more package: pip install {package}') from None
 
 
-def _report_error(settings, kind, error, trace):
+def _report_error(kind, error, trace):
     """The scripts' sys.excepthook: one line where the user can act on it, a traceback otherwise."""
     text = one_line(error)
     rank = os.environ.get('RANK')
     if issubclass(kind, KeyboardInterrupt):
         sys.exit(130)
     if issubclass(kind, MemoryError) or re.search('out of memory|allocate memory', text):
-        text = f'out of memory ({text[:100]}): use {_memory_advice(settings)}'
-    elif kind.__module__.startswith(('torch._dynamo', 'torch._inductor')):
-        text = f'torch.compile failed ({kind.__name__}: {text[:200]}): fix it, or pass --compile=False'
+        text = f'out of memory ({text[:100]}): use a smaller batch_size, block_size or model'
     elif rank and (kind.__name__.startswith('Dist') or re.search('gloo|NCCL', text)):
         text = f'rank {rank} lost contact with another rank: see its error ({text[:200]})'
     elif not issubclass(kind, (UserError, OSError)):  # an OSError names its file: permission, disk full, ...
         return sys.__excepthook__(kind, error, trace)
     print(f'error: {text}', file=sys.__stderr__)  # torch.distributed replaces sys.stderr for a while
     sys.exit(2)
-
-
-def _memory_advice(settings):
-    """What to try instead: first a smaller micro-batch, with the same global batch."""
-    advice = 'a smaller block_size or model'
-    if 'activation_checkpointing' in settings:
-        advice = f'--activation_checkpointing=True, or {advice}'
-    batch_size = settings.get('batch_size', 1)
-    if batch_size < 2:
-        return advice
-    smaller = max(n for n in range(1, batch_size) if batch_size % n == 0)
-    if 'gradient_accumulation_steps' not in settings:
-        return f'--batch_size={smaller}, or {advice}'
-    steps = settings['gradient_accumulation_steps'] * batch_size // smaller
-    return (f'--batch_size={smaller} --gradient_accumulation_steps={steps}, '
-            f'which is the same global batch, or {advice}')
 
 
 def keep_memory():
@@ -198,54 +172,32 @@ def keep_memory():
 def resolve_device(device):
     """The device to use, for 'auto' the best one: cuda, then mps, then cpu. Sets it up."""
     import torch
-    counts = dict(cuda=torch.cuda.device_count() if torch.cuda.is_available() else 0,
-                  mps=int(torch.backends.mps.is_available()), cpu=1)
+    counts = dict(cuda=torch.cuda.device_count(), mps=int(torch.backends.mps.is_available()), cpu=1)
     if device == 'auto':
         device = next(kind for kind, count in counts.items() if count)
     if device == 'cuda':
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    match = re.fullmatch(r'(cuda|mps|cpu)(?::(\d+))?', str(device))
-    if not match or int(match[2] or 0) >= counts[match[1]]:
+    kind, _, index = str(device).partition(':')
+    if int(index or 0) >= counts.get(kind, 0):
         available = ', '.join(f'{count} {kind}' for kind, count in counts.items())
         raise UserError(f"device={device!r}, but this machine has {available}: use 'auto'")
-    if match[1] == 'cuda':
+    if kind == 'cuda':
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')  # TF32 for what stays in float32
     processes = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-    if match[1] == 'cpu' and processes > 1:  # torchrun sets one thread for each process
+    if kind == 'cpu' and processes > 1:  # torchrun sets one thread for each process
         torch.set_num_threads(max(1, os.cpu_count() // processes))
     return device
 
 
-def is_bfloat16_faster():
-    """Time matrix products in both dtypes: bfloat16 takes half as long as float32 on some CPUs that
-    have it, and twice as long on others. One thread and many short products make this repeatable."""
-    import torch
-    if not torch.cpu._is_avx512_bf16_supported():
-        return False
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    seconds = {torch.float32: [], torch.bfloat16: []}
-    for _ in range(20):
-        for dtype, times in seconds.items():
-            x = torch.ones(256, 256, dtype=dtype)
-            begin = time.perf_counter()
-            x @ x
-            times.append(time.perf_counter() - begin)
-    torch.set_num_threads(threads)
-    return min(seconds[torch.bfloat16]) < 0.8 * min(seconds[torch.float32])
-
-
-def resolve_dtype(dtype, device, width=0):
-    """The dtype to compute in, for 'auto' the fastest for training at this width (n_embd)."""
+def resolve_dtype(dtype, device):
+    """The dtype to compute in. 'auto' is float32 on a CPU, where bfloat16 is slower on many."""
     import torch
     if dtype == 'auto':
         dtype = 'float32'
         if device.startswith('cuda'):  # a T4 emulates bfloat16, which is slow
             native = torch.cuda.is_bf16_supported(including_emulation=False)
             dtype = 'bfloat16' if native else 'float16'
-        elif device == 'cpu' and width >= 256 and is_bfloat16_faster():
-            dtype = 'bfloat16'  # slower than float32 in narrower models
     check(dict(dtype=dtype), "dtype in ('float32', 'bfloat16', 'float16')")
     if dtype == 'float16' and not device.startswith('cuda'):
         raise UserError(f"dtype='float16' needs CUDA, not {device}: use 'bfloat16' or 'float32'")

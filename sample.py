@@ -35,7 +35,14 @@ seed = 1337            # random seed: change it for different text
 device = 'auto'        # 'cpu', 'cuda', 'cuda:1', 'mps'; auto: the best available
 dtype = 'auto'         # 'float32', 'bfloat16', 'float16'; auto: float32 on a CPU
 quantize = ''          # 'int8': 8-bit arithmetic, faster on a CPU
-compile = 'auto'       # torch.compile: True, False; auto: for long texts on CUDA
+
+config = configure(globals())
+check(config, 'num_samples > 0', 'max_new_tokens >= 0', 'temperature >= 0', 'top_k >= 0', 'top_p > 0',
+      'top_p <= 1', 'seed >= 0', 'seed < 2**63', "quantize in ('', 'int8')")
+keep_memory()
+sys.stdout.reconfigure(errors='replace')  # for terminals that lack a character
+if hasattr(signal, 'SIGPIPE'):
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # sample.py | head ends quietly
 
 
 class TextStream:
@@ -51,20 +58,18 @@ class TextStream:
         """Take the bytes of a token; return the text that can be shown now, all of it if final."""
         if self.ended:
             return ''
-        self.ended = final
         text = self.held + self.decoder.decode(data, final)
-        if self.stop and self.stop in text:
-            self.ended = True
-            return text[:text.index(self.stop)]
-        hold = 0
-        if not final:
-            hold = max((n for n in range(len(self.stop)) if text.endswith(self.stop[:n])), default=0)
-        end = len(text) - hold
-        self.held = text[end:]
-        return text[:end]
+        self.ended = final or bool(self.stop) and self.stop in text
+        if self.ended:
+            return text.partition(self.stop)[0] if self.stop else text
+        hold = len(self.stop)  # characters at the end that stop begins with
+        while hold and not text.endswith(self.stop[:hold]):
+            hold -= 1
+        self.held = text[len(text) - hold:]
+        return text[:len(text) - hold]
 
 
-def read_prompt(start):
+def read_prompt():
     """The prompt itself, or what a file or stdin contains."""
     if start != '-' and not start.startswith('FILE:'):
         return start.replace('\\n', '\n')
@@ -75,7 +80,7 @@ def read_prompt(start):
         raise UserError(f'cannot read start={start} as UTF-8 text: {error}') from None
 
 
-def write_samples(model, tok, ids, prompt, num_samples):
+def write_samples(ids, prompt, num_samples):
     """Print texts that continue the prompt, whose tokens are ids, up to stop or the end of text. The first
     is streamed, the others follow. Returns the first."""
     if len(ids) > model.config.block_size:
@@ -87,9 +92,9 @@ def write_samples(model, tok, ids, prompt, num_samples):
 
     begin = time.time()
     count = 0
-    idx = torch.tensor([ids] * num_samples, device=model.transformer.wte.weight.device)
+    idx = torch.tensor([ids] * num_samples, device=device)
     try:
-        for tokens in model.generate(idx, max_new_tokens, temperature, top_k, top_p, tok.n_vocab):
+        for tokens in model.stream(idx, max_new_tokens, temperature, top_k, top_p, tok.n_vocab):
             for i, token in enumerate(tokens.tolist()):
                 is_end = token == tok.eot
                 text = streams[i].feed(b'' if is_end else tok.decode_bytes([token]), final=is_end)
@@ -115,14 +120,12 @@ def write_samples(model, tok, ids, prompt, num_samples):
     return texts[0] + remainders[0]
 
 
-def continue_text(model, tok, prompt, num_samples):
+def continue_text(prompt, num_samples):
     ids = tok.encode(prompt, special=True).tolist()
-    if not ids:
-        ids = [tok.eot or 0]  # the end of a text, or the first character
-    write_samples(model, tok, ids, prompt, num_samples)
+    write_samples(ids or [tok.eot or 0], prompt, num_samples)  # or the end of a text, or the first character
 
 
-def answer(model, tok, form, question, turns, system):
+def answer(question, turns, system):
     """Print the answer to a question, asked in the form of the training data. Adds both to turns, which like
     system are ids, and drops the oldest turns that leave no room."""
     ids = tok.encode(form['user'] + question + '\n' + form['assistant']).tolist()
@@ -130,75 +133,57 @@ def answer(model, tok, form, question, turns, system):
     room = block_size - min(max_new_tokens, block_size // 2)
     while turns and len(system) + sum(map(len, turns)) + len(ids) > room:
         del turns[0]
-    text = write_samples(model, tok, system + sum(turns, []) + ids, '', num_samples=1)
+    text = write_samples(system + sum(turns, []) + ids, '', num_samples=1)
     turns.append(ids + tok.encode(text).tolist() + [tok.eot])
 
 
-def converse(model, tok, form, system):
-    """Read one line after another. A model trained on conversations, in this form, answers; others continue
-    the line."""
+def converse(system):
+    """Read one line after another. A model trained on conversations answers; others continue the line."""
     if form:
         print('Ctrl-C ends an answer, /reset the conversation, Ctrl-D the session', file=sys.stderr)
-    system = system.strip()
-    if system:
-        system = form['system'] + system + '\n'
-    system = tok.encode(system).tolist()
+    system = tok.encode(form['system'] + system.strip() + '\n').tolist() if system.strip() else []
     turns = []
     while True:
         try:
             line = input('> ' if sys.stdout.isatty() else '')
             if not form:
-                continue_text(model, tok, line, num_samples=1)
+                continue_text(line, num_samples=1)
             elif line.strip() == '/reset':
                 turns = []
             elif line.strip():
-                answer(model, tok, form, line.strip(), turns, system)
+                answer(line.strip(), turns, system)
         except EOFError:  # Ctrl-D
             print(file=sys.stderr)
             return
         except KeyboardInterrupt:  # Ctrl-C
             print()
-        except (UserError, UnicodeDecodeError) as error:
+        except UserError as error:
             print(f'error: {error}', file=sys.stderr)
 
 
-if __name__ == '__main__':
-    settings = configure(globals())
-    check(settings, 'num_samples > 0', 'max_new_tokens >= 0', 'temperature >= 0', 'top_k >= 0',
-          'top_p > 0', 'top_p <= 1', 'seed >= 0', 'seed < 2**63', "quantize in ('', 'int8')",
-          "compile in (True, False, 'auto')")
-    if interactive and sys.stdin.isatty():
+checkpoint = load_checkpoint(out_dir if init_from == 'resume' else init_from)
+form = checkpoint.get('chat')  # of conversations, if the model had them for training
+if interactive and (start == '-' or start and not form):
+    raise UserError(f'start={start!r}, but with interactive=True prompts come from stdin: leave it out')
+model = GPT.from_checkpoint(checkpoint, dropout=0.0)
+tok = get_tokenizer(checkpoint['tokenizer'])
+device = resolve_device(device)
+dtype = resolve_dtype(dtype, device)
+trained = ''
+if checkpoint['config']:
+    trained = f"step {checkpoint['iter_num']}, val loss {checkpoint['best_val_loss']:.4f}, "
+print(f"{checkpoint['path']}: {trained}{model.num_params():,} parameters, on {device} in {dtype}",
+      file=sys.stderr)
+model.to(device, getattr(torch, dtype)).eval()
+optimize_for_generation(model, quantize == 'int8')
+torch.manual_seed(seed)
+prompt = read_prompt()
+if interactive:
+    if sys.stdin.isatty():
         with contextlib.suppress(ImportError):  # on Windows the terminal itself does this
             import readline  # noqa: F401  line editing and history for input()
-    keep_memory()
-    sys.stdout.reconfigure(errors='replace')  # for terminals that lack a character
-    if hasattr(signal, 'SIGPIPE'):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # sample.py | head ends quietly
-
-    checkpoint = load_checkpoint(out_dir if init_from == 'resume' else init_from)
-    model = GPT.from_checkpoint(checkpoint, dropout=0.0)
-    tok = get_tokenizer(checkpoint['tokenizer'])
-    form = checkpoint.get('chat')  # of conversations, if the model had them for training
-    if interactive and (start == '-' or start and not form):
-        raise UserError(f'start={start!r}, but with interactive=True prompts come from stdin: leave it out')
-    prompt = read_prompt(start)
-    device = resolve_device(device)
-    dtype = resolve_dtype(dtype, device)
-    trained = ''
-    if checkpoint['config']:
-        trained = f"step {checkpoint['iter_num']}, val loss {checkpoint['best_val_loss']:.4f}, "
-    print(f"{checkpoint['path']}: {trained}{model.num_params():,} parameters, on {device} in {dtype}",
-          file=sys.stderr)
-    model.to(device, getattr(torch, dtype)).eval()
-    if compile == 'auto':  # takes half a minute
-        bytes_read = max_new_tokens * model.num_params() * getattr(torch, dtype).itemsize
-        compile = device.startswith('cuda') and bytes_read > 2e12
-        torch._dynamo.config.suppress_errors = True  # where it fails, go on without it
-    optimize_for_generation(model, quantize == 'int8', compile)
-    torch.manual_seed(seed)
-    if interactive:
-        converse(model, tok, form, prompt)
-    else:
-        if form:
-            print('trained on conversations: add --interactive=True to get answers', file=sys.stderr)
-        continue_text(model, tok, prompt, num_samples)
+    converse(prompt)
+else:
+    if form:
+        print('trained on conversations: add --interactive=True to get answers', file=sys.stderr)
+    continue_text(prompt, num_samples)

@@ -16,60 +16,49 @@ import json
 import math
 import os
 import pickle
-import platform
 import random
 import re
 import runpy
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
-import time
-import zipfile
 from collections import Counter
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-import bench
-import configurator
 import model
 import prepare
-import sample
-import train
 from configurator import UserError, configure, resolve_device, resolve_dtype
 from model import (
     GPT,
     CausalSelfAttention,
     GPTConfig,
     Int8Linear,
-    Int8WeightLinear,
+    Muon,
     PackedLinear,
+    configure_optimizers,
     load_checkpoint,
     optimize_for_generation,
     rotate,
     sample_token,
 )
 from prepare import (
-    ANSWER,
     CHAT_FORM,
-    DOCUMENT_START,
-    QUESTION,
     SPLIT,
     download,
     get_tokenizer,
     load_dataset,
+    load_windows,
+    shuffled_windows,
     train_bpe,
 )
-from sample import TextStream
-from train import document_windows, get_lr, load_windows, shuffled_windows
 
 HERE = Path(__file__).parent
 os.environ['OMP_NUM_THREADS'] = '1'  # faster for tiny models, and all processes round alike
@@ -80,8 +69,8 @@ if torch.cuda.is_available():
     DEVICES.append('cuda')
 if torch.backends.mps.is_available():
     DEVICES.append('mps')
-FLAGS = [{}, dict(bias=False), dict(rope=True), dict(qk_norm=True), dict(relu2=True),
-         dict(bias=False, rope=True, qk_norm=True, relu2=True)]
+FLAGS = [{}, dict(bias=False), dict(rope=True), dict(qk_norm=True), dict(activation='relu2'),
+         dict(bias=False, rope=True, qk_norm=True, activation='relu2')]
 ODD_TEXTS = ['', ' ', '\n\n\n', 'plain', "it's   we'll\t\r\n  x", '0123456789 3.14', 'a' * 300,
              ' ' * 300 + 'x', '<|endoftext|>', 'x\x00y\ufeffz', 'e\u0301\u0301',
              'नेपाली भाषा राम्रो छ',
@@ -93,6 +82,7 @@ TINY = SHAPE + '''
     --max_iters=6 --lr_decay_iters=6 --warmup_iters=2 --learning_rate=1e-2
     --log_interval=1 --eval_interval=3 --eval_iters=4'''.split()
 linux_only = pytest.mark.skipif(sys.platform != 'linux', reason='needs /proc, or resource limits')
+has_vnni = torch.cpu._is_vnni_supported()
 
 
 def tiny(**changes):
@@ -105,13 +95,13 @@ def tiny(**changes):
 
 
 def main(script, *args, code=0):
-    """Run a script in this process, which is quicker than in another."""
+    """Run a script in this process, which is quicker than in another. Returns its globals."""
     argv = sys.argv
     signals = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE
     handlers = [signal.getsignal(number) for number in signals]
     sys.argv = [script, *map(str, args)]
     try:
-        runpy.run_path(str(HERE / script), run_name='__main__')
+        return runpy.run_path(str(HERE / script), run_name='__main__')
     except SystemExit as error:
         assert (error.code or 0) == code
     finally:
@@ -168,7 +158,12 @@ def read_checkpoint(folder, name='ckpt.pt'):
 
 
 def read_log(folder):
-    return [json.loads(line) for line in (folder / 'log.jsonl').read_text().splitlines()]
+    """The last entry of each step and kind: a resumed run repeats some."""
+    entries = {}
+    for line in (folder / 'log.jsonl').read_text().splitlines():
+        entry = json.loads(line)
+        entries[entry['iter'], 'loss' in entry] = entry
+    return [entries[key] for key in sorted(entries)]
 
 
 def losses(folder):
@@ -315,8 +310,8 @@ def test_mlp_bends_with_tanh_gelu_or_squared_relu():
     def squared_relu(u):
         return torch.where(u > 0, u, 0) ** 2
     x = torch.randn(2, 3, 32)
-    for relu2, bend in ((False, gelu), (True, squared_relu)):
-        mlp = tiny(relu2=relu2).transformer.h[0].mlp
+    for activation, bend in (('gelu', gelu), ('relu2', squared_relu)):
+        mlp = tiny(activation=activation).transformer.h[0].mlp
         wide = x @ mlp.c_fc.weight.T + mlp.c_fc.bias
         expected = bend(wide) @ mlp.c_proj.weight.T + mlp.c_proj.bias
         torch.testing.assert_close(mlp(x), expected)
@@ -416,17 +411,17 @@ def test_decay_is_for_matrices(kind):
     """Matrices decay, biases and norms do not. Every parameter has one optimizer: Muon takes the
     blocks' matrices, AdamW the rest."""
     model = tiny()
-    optimizers = model.configure_optimizers(kind, 0.1, 1e-3, (0.9, 0.95))
+    optimizers = configure_optimizers(model, kind, 0.1, 1e-3, (0.9, 0.95))
     names = {id(p): name for name, p in model.named_parameters()}
     optimized = []
-    for optimizer_name, optimizer in optimizers.items():
+    for optimizer in optimizers:
         for group in optimizer.param_groups:
             for p in group['params']:
                 optimized.append(id(p))
                 is_matrix = not re.search('ln_|bias', names[id(p)])
                 assert group['weight_decay'] == (0.1 if is_matrix else 0)
                 for_muon = kind == 'muon' and is_matrix and '.h.' in names[id(p)]
-                assert optimizer_name == ('muon' if for_muon else 'adamw')
+                assert isinstance(optimizer, Muon) == for_muon
     assert sorted(optimized) == sorted(names)
 
 
@@ -438,7 +433,7 @@ def test_one_batch_can_be_learned_by_heart(kind, flags, device):
     torch.manual_seed(0)
     config = GPTConfig(block_size=16, vocab_size=11, n_layer=2, n_head=2, n_embd=32, **flags)
     model = GPT(config).to(device)
-    optimizers = model.configure_optimizers(kind, 0.0, 1e-2, (0.9, 0.95)).values()
+    optimizers = configure_optimizers(model, kind, 0.0, 1e-2, (0.9, 0.95))
     idx = torch.randint(11, (4, 17), device=device)
     for _ in range(120):
         loss = model(idx[:, :-1], idx[:, 1:])[1]
@@ -452,7 +447,7 @@ def test_one_batch_can_be_learned_by_heart(kind, flags, device):
 def test_muon_is_torchs_on_independent_matrices():
     """Queries, keys and values are matrices of their own. torch's Muon computes in bfloat16."""
     model = tiny()
-    muon = model.configure_optimizers('muon', 0.1, 1e-2, (0.9, 0.95))['muon']
+    _, muon = configure_optimizers(model, 'muon', 0.1, 1e-2, (0.9, 0.95))
     block = model.transformer.h[0]
     matrices = [block.attn.c_attn.weight, block.attn.c_proj.weight, block.mlp.c_fc.weight,
                 block.mlp.c_proj.weight]
@@ -484,12 +479,11 @@ def test_counts():
     assert model.flops_per_token() == 6 * (124_439_808 - positions - vectors) + attention
 
 
-def test_cropping_keeps_the_first_positions():
+def test_a_smaller_block_size_keeps_the_first_positions():
     model, idx = tiny(), torch.randint(11, (2, 8))
-    before = model(idx)[0]
-    model.crop_block_size(8)
-    assert torch.equal(model(idx)[0], before)
-    assert model.transformer.wpe.weight.shape == (8, 32)
+    cropped = GPT.from_checkpoint(checkpoint_of(model, {}), block_size=8).eval()
+    assert torch.equal(cropped(idx)[0], model(idx)[0])
+    assert cropped.transformer.wpe.weight.shape == (8, 32)
 
 
 # -----------------------------------------------------------------------------
@@ -499,14 +493,15 @@ def test_cropping_keeps_the_first_positions():
 def slow_generate(model, idx, n, vocab_size=None, **kwargs):
     """The definition: the model reads the whole window for every token. A full window is cut to
     its recent half."""
-    block_size, tokens = model.config.block_size, []
+    block_size = model.config.block_size
     window = idx[:, -block_size:]
     for _ in range(n):
         if window.shape[1] > block_size:
             window = window[:, -(block_size // 2):]
-        tokens.append(sample_token(model(window)[0][:, -1, :vocab_size], **kwargs))
-        window = torch.cat((window, tokens[-1][:, None]), dim=1)
-    return torch.stack(tokens)
+        token = sample_token(model(window)[0][:, -1, :vocab_size], **kwargs)[:, None]
+        window = torch.cat((window, token), dim=1)
+        idx = torch.cat((idx, token), dim=1)
+    return idx
 
 
 @pytest.mark.parametrize('device', DEVICES)
@@ -517,59 +512,48 @@ def test_cached_generation_equals_recomputing(flags, device):
     prompt longer than the window, and with padding ids excluded."""
     model = tiny(**flags).to(device)
     idx = torch.randint(11, (3, 40), device=device)
-    same_rows = idx[:1, :5].expand(3, -1)
     for prompt, kwargs in ((idx[:, :5], dict(temperature=0)), (idx, dict(temperature=0.9)),
                            (idx[:, :5], dict(temperature=1.3, top_k=4, vocab_size=6)),
-                           (same_rows, dict(top_p=0.7))):
+                           (idx[:1, :5], dict(top_p=0.7))):
         torch.manual_seed(1)
         expected = slow_generate(model, prompt, 40, **kwargs)
         torch.manual_seed(1)
-        tokens = torch.stack(list(model.generate(prompt, 40, **kwargs)))
-        assert torch.equal(tokens, expected), kwargs
+        assert torch.equal(model.generate(prompt, 40, **kwargs), expected), kwargs
 
 
 @pytest.mark.parametrize('flags', [FLAGS[0], FLAGS[-1]], ids=str)
 @torch.no_grad()
-def test_faster_models_generate_the_same(flags, monkeypatch):
-    """Compiled, or with packed weights: the tokens are those that recomputing gives. With 8-bit
-    weights, a token scores about as high as the best when recomputing."""
-    monkeypatch.setattr(torch, 'compile', partial(torch.compile, backend='eager'))
+def test_faster_models_generate_the_same(flags):
+    """With packed weights, the tokens are those that recomputing gives. With 8-bit weights, a token
+    scores about as high as the best."""
     idx = torch.randint(11, (2, 5))
-    compiled, packed, int8 = tiny(**flags), tiny(**flags), tiny(**flags)
-    optimize_for_generation(compiled, compile=True)
+    packed, int8 = tiny(**flags), tiny(**flags)
     optimize_for_generation(packed)
-    assert isinstance(packed.lm_head, PackedLinear) or platform.machine() != 'x86_64'
-    for fast in (compiled, packed):
-        expected = slow_generate(tiny(**flags), idx, 40, temperature=0)
-        assert torch.equal(torch.stack(list(fast.generate(idx, 40, temperature=0))), expected)
-
+    expected = slow_generate(tiny(**flags), idx, 40, temperature=0)
+    assert torch.equal(packed.generate(idx, 40, temperature=0), expected)
+    if not has_vnni:
+        return refuses('needs a CPU with VNNI', optimize_for_generation, int8, int8=True)
     optimize_for_generation(int8, int8=True)
-    tokens = torch.stack(list(int8.generate(idx, 11, temperature=0)), dim=1)
-    logits = tiny(**flags)(torch.cat((idx, tokens), dim=1))[0][:, 4:-1]
-    chosen = logits.gather(2, tokens[:, :, None])[:, :, 0]
+    ids = int8.generate(idx, 11, temperature=0)
+    logits = tiny(**flags)(ids)[0][:, 4:-1]
+    chosen = logits.gather(2, ids[:, 5:, None])[:, :, 0]
     assert (logits.amax(dim=2) - chosen).max() < 0.1 * logits.std()
 
 
 @pytest.mark.parametrize('dtype', (torch.float32, torch.bfloat16))
 @torch.no_grad()
 def test_fast_linear_layers_compute_a_linear_layer(dtype):
-    """W x + b for any number of rows, of any size. An 8-bit weight is off by at most half a step of
-    1/127 of its row's largest weight."""
-    linear = torch.nn.Linear(48, 20)
-    int8 = Int8WeightLinear(linear)
-    steps = linear.weight / int8.scale[:, None]
-    assert int8.weight.dtype == torch.int8 and int8.weight.abs().amax(1).min() >= 126
-    assert (int8.weight - steps).abs().max() <= 0.51
-    linear = linear.to(dtype)
-    layers = [(PackedLinear(linear), linear.weight, 1e-5), (int8, int8.weight * int8.scale[:, None], 0.02)]
-    if torch.cpu._is_vnni_supported():
-        layers.append((Int8Linear(linear), linear.weight, 0.02))
-    for layer, weight, atol in layers:
+    """W x + b for any number of rows, of any size."""
+    linear = torch.nn.Linear(48, 20).to(dtype)
+    layers = [(Int8Linear(linear), 0.02)] if has_vnni else []
+    if dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        layers.append((PackedLinear(linear), 1e-5))
+    for layer, atol in layers:
         atol = max(atol, 0.01 * (dtype == torch.bfloat16))
         for shape in ((1, 48), (1, 1, 48), (3, 1, 48), (4, 48), (2, 5, 48)):
             x = torch.randn(shape, dtype=dtype)
             size = 10.0 ** torch.randint(-3, 4, (*shape[:-1], 1))
-            expected = x.double() @ weight.double().t() * size + linear.bias.double()
+            expected = x.double() @ linear.weight.double().t() * size + linear.bias.double()
             error = (layer(x * size.to(dtype)) - expected).abs()
             assert (error < atol * (size + 1)).all(), layer
 
@@ -588,8 +572,10 @@ def test_sampling_follows_the_probabilities():
         torch.testing.assert_close(counts / 20_000, expected / expected.sum(), atol=0.015, rtol=0)
 
 
-def test_streamed_text_is_whole_characters_up_to_stop():
+def test_streamed_text_is_whole_characters_up_to_stop(run):
     """A token can end in the middle of a character or of the stop string: neither is shown."""
+    TextStream = main('sample.py', f'--out_dir={run}', '--max_new_tokens=0', '--device=cpu')['TextStream']
+
     def stream_text(data, stop, size):
         stream = TextStream(stop)
         parts = [stream.feed(data[i:i + size]) for i in range(0, len(data), size)]
@@ -655,35 +641,15 @@ def test_endless_words_are_cut():
         assert ''.join(words) == text and max(map(len, words)) == 32
 
 
-@pytest.mark.parametrize('kind', ['bpe', 'gpt2'])
-def test_text_read_in_pieces_has_the_same_ids(kind, bpe_spec, gpt2_files, monkeypatch, tmp_path):
-    """A long text is cut where this does not change its ids, whether it has newlines or not."""
-    tok = get_tokenizer(bpe_spec if kind == 'bpe' else dict(type='gpt2'))
-
-    def pieces(text):
-        (tmp_path / 'x.txt').write_text(text, encoding='utf-8')
-        return [piece for piece, *_ in prepare.read([str(tmp_path / 'x.txt')], 'test')]
-    monkeypatch.setattr(prepare, 'CHUNK', 97)
-    english = TEXT[:20_000]
-    odd = ''.join(ODD_TEXTS).replace('\r\n', '\n').replace('\ufeff', '') * 3
-    for text in (english, english.replace('\n', ' '), odd + english + odd,
-                 '中文，没有空格。' * 500, '3,141\n592,\n' * 500):
-        ids = [tok.encode(piece) for piece in pieces(text)]
-        assert len(ids) > 2 and np.concatenate(ids).tolist() == tok.encode(text).tolist()
-    monkeypatch.setattr(prepare, 'LONGEST', 500)  # one endless word: memory stays bounded
-    parts = pieces('ACGT' * 1000)
-    assert ''.join(parts) == 'ACGT' * 1000 and max(map(len, parts)) < 500 + 2 * 97
-
-
 def stored(folder):
     """A prepared dataset's tokens as lists, and its meta."""
     meta = json.loads((folder / 'meta.json').read_text())
     return [np.fromfile(folder / f'{s}.bin', meta['dtype']).tolist() for s in ('train', 'val')], meta
 
 
-def test_all_kinds_of_sources_give_the_same_bins(tmp_path, monkeypatch):
-    """A folder, .jsonl and .jsonl.gz of the same documents: <|endoftext|> between documents,
-    whole ones for validation. Hidden files and what prepare.py wrote are not text."""
+def test_all_kinds_of_sources_give_the_same_bins(tmp_path):
+    """A folder, .jsonl and .jsonl.gz of the same documents: <|endoftext|> ends each. Hidden files are
+    not text."""
     docs = [f'document {i}, नेपाली 🙂\n' for i in range(33)]
     files = {f'texts/{i // 20}/{i:02}.txt': doc for i, doc in enumerate(docs)}
     for name, text in (files | {'texts/.hidden': 'not', 'texts/.git/config': 'this'}).items():
@@ -692,37 +658,27 @@ def test_all_kinds_of_sources_give_the_same_bins(tmp_path, monkeypatch):
     lines = '\n'.join(json.dumps({'text': doc}) + '\n' for doc in docs).encode()
     (tmp_path / 'a.jsonl').write_bytes(lines)
     (tmp_path / 'a.jsonl.gz').write_bytes(gzip.compress(lines))
-    folder = tmp_path / 'texts'
     for source in ('texts', 'texts/', 'a.jsonl', 'a.jsonl.gz'):
-        prepare.prepare(str(folder), f'{tmp_path}/{source}', 'bpe', vocab_size=300)
-        (train, val), meta = stored(folder)
+        prepare.prepare(str(tmp_path / 'set'), f'{tmp_path}/{source}', 'bpe', vocab_size=300)
+        (train, val), meta = stored(tmp_path / 'set')
         tok = get_tokenizer(meta['tokenizer'])
-        assert tok.decode_bytes(train + val).decode() == '<|endoftext|>'.join(docs)
-        assert tok.decode_bytes(val).decode() == '<|endoftext|>'.join(docs[30:])
-        assert (train + val).count(tok.eot) == 32
-    for name, value in dict(source=f'{tmp_path}/a.jsonl', rank=0, world_size=1).items():
-        monkeypatch.setattr(bench, name, value, raising=False)
-    assert bench.read_ids(tok, None).tolist() == train + val
+        assert tok.decode_bytes(train + val).decode() == ''.join(doc + '<|endoftext|>' for doc in docs)
+        assert (train + val).count(tok.eot) == 33
+        assert len(val) == round(0.1 * len(train + val)) and not meta['chat']
 
 
 def test_a_tokenizer_outlives_its_dataset(run, data, tmp_path, monkeypatch, capsys):
-    """--tokenizer takes a run, a checkpoint, a dataset's name or folder (also nanoGPT's), or a copy of its
-    meta file. prepare.py says what to do next, and what to do when nanoGPT's bins lie beside our
-    meta.json."""
+    """--tokenizer takes a run, a checkpoint, a dataset's name or folder, also nanoGPT's. prepare.py says
+    what to do next."""
     monkeypatch.setattr(prepare, 'DATA', str(data.parent))
     expected = json.loads((data / 'meta.json').read_text())['tokenizer']
-    shutil.copy(data / 'meta.json', tmp_path / 'kept.json')
     itos = dict(enumerate(expected['chars']))
     (tmp_path / 'meta.pkl').write_bytes(pickle.dumps(dict(itos=itos)))
-    for name in (run, run / 'ckpt.pt', 'set', data, tmp_path / 'kept.json', tmp_path, tmp_path / 'meta.pkl'):
+    for name in (run, run / 'ckpt.pt', 'set', data, tmp_path):
         assert prepare.make_spec(str(name), [], 0) == expected
     refuses('is not char, bpe, gpt2, a dataset', prepare.make_spec, 'nothing', [], 0)
     main('prepare.py', f'--dataset={tmp_path}/set', f'--source={data.parent}/input.txt', '--tokenizer=char')
     assert f'train.py config/train_shakespeare.py --dataset={tmp_path}/set' in capsys.readouterr().out
-    for split in ('train', 'val'):
-        ids = np.fromfile(tmp_path / 'set' / f'{split}.bin', np.uint8)
-        ids.astype(np.uint16).tofile(tmp_path / 'set' / f'{split}.bin')
-    refuses('or delete meta.json if nanoGPT wrote the bins', load_dataset, str(tmp_path / 'set'))
 
 
 def test_bins_and_windows_hold_the_text(tmp_path, data):
@@ -731,7 +687,7 @@ def test_bins_and_windows_hold_the_text(tmp_path, data):
     (train, val), meta = stored(data)
     assert get_tokenizer(meta['tokenizer']).decode_bytes(train + val).decode() == TEXT
     assert len(val) == round(0.1 * len(TEXT))
-    x, y = load_windows(data / 'train.bin', meta['dtype'], np.array([0, 100]), 8, 'cpu')
+    x, y = load_windows(data / 'train.bin', meta['dtype'], np.array([0, 100]), 8)
     assert x.tolist() == [train[0:8], train[100:108]]
     assert y.tolist() == [train[1:9], train[101:109]]
     many, text = str(tmp_path / 'many'), tmp_path / 'many.txt'
@@ -741,9 +697,6 @@ def test_bins_and_windows_hold_the_text(tmp_path, data):
         (train, val), meta = stored(tmp_path / 'many')
         assert meta['dtype'] == dtype and train + val == list(range(n))
         assert load_dataset(many)[0] == meta
-    for wrong in (dict(vocab_size=258), dict(dtype='int8'), dict(train_tokens=-1)):
-        (tmp_path / 'many' / 'meta.json').write_text(json.dumps(meta | wrong))
-        refuses('meta.json is damaged', load_dataset, many)
 
 
 # Conversations: the loss counts answers alone.
@@ -756,12 +709,13 @@ RECORDS = [
                    dict(role='user', content='this has no answer')]),
     dict(prompt='', completion='end'),
 ]
-BY_HAND = [  # each record starts a document
-    (DOCUMENT_START, 'User: 1 + 1?\nAssistant:\n'), (ANSWER, '2'),
-    (DOCUMENT_START, 'Be kind.\nUser: Hello\nAssistant:\n'), (ANSWER, 'Hi!'),
-    (QUESTION, 'User: Who\nare you?\nAssistant:\n'), (ANSWER, 'नेपाली: ' + 'no ' * 40 + 'one'),
-    (DOCUMENT_START, 'Assistant:\n'), (ANSWER, 'end'),
+BY_HAND = [  # whether the loss counts it
+    (0, 'User: 1 + 1?\nAssistant:\n'), (1, '2'),
+    (0, 'Be kind.\nUser: Hello\nAssistant:\n'), (1, 'Hi!'),
+    (0, 'User: Who\nare you?\nAssistant:\n'), (1, 'नेपाली: ' + 'no ' * 40 + 'one'),
+    (0, 'Assistant:\n'), (1, 'end'),
 ]
+PAIR = dict(prompt='x', completion='y')
 
 
 def conversations(folder, kind, records):
@@ -777,66 +731,32 @@ def conversations(folder, kind, records):
 
 @pytest.mark.parametrize('kind', ['char', 'bpe', 'gpt2'])
 def test_answers_and_their_ends_count(kind, gpt2_files, tmp_path):
-    """The mask marks each answer and the end of text after it. Windows hold whole documents if they fit,
-    start inside a document only if it is longer, and count every answer once."""
-    (train, val), (mask, val_mask) = conversations(tmp_path, kind, RECORDS * 9)
+    """The mask marks each answer and the end of text after it; other targets are -1. Plain text counts."""
+    records = [dict(text='Plain.')] + RECORDS * 9
+    (train, val), (mask, val_mask) = conversations(tmp_path, kind, records)
     tok = get_tokenizer(stored(tmp_path / 'qa')[1]['tokenizer'])
     expected = []
-    for role, text in BY_HAND * 9:
-        ids = tok.encode(text).tolist() + [tok.eot] * (role == ANSWER)
-        roles = [ANSWER if role == ANSWER else QUESTION] * len(ids)
-        roles[0] = role
-        expected += zip(ids, roles, strict=True)
+    for counts, text in [(1, 'Plain.')] + BY_HAND * 9:
+        ids = tok.encode(text).tolist() + [tok.eot] * counts
+        expected += [(i, counts) for i in ids]
     assert list(zip(train + val, mask + val_mask, strict=True)) == expected
-    _, (_, few) = conversations(tmp_path / 'few', kind, RECORDS[:2])  # also when val_fraction would cut one
-    assert few[0] == DOCUMENT_START
-
-    exact = [DOCUMENT_START, ANSWER] * 10
-    assert document_windows(np.array(exact), 3)[0].tolist() == [0, 4, 8, 12, 16]
-    documents = [i for i, mark in enumerate(mask) if mark == DOCUMENT_START] + [len(mask)]
-    for block_size in (16, 32, 100, 300):
-        starts, ends, counts = document_windows(np.array(mask), block_size)
-        windows = [range(start, start + block_size + 1) for start in starts]
-        answers = [[i for i in range(start + 1, end + 1) if mask[i] == ANSWER]
-                   for start, end in zip(starts, ends, strict=True)]
-        assert list(map(len, answers)) == counts.tolist() and min(counts) > 0
-        assert sum(answers, []) == [i for i in range(len(mask)) if mask[i] == ANSWER]
-        for start, end in pairwise(documents):
-            inside = [s for s in starts if start < s < end]
-            assert all((s - start) % block_size == 0 for s in inside)
-            if end - start <= block_size + 1:
-                assert not inside and any(start in window and end - 1 in window for window in windows)
-        x, y = load_windows(tmp_path / 'qa' / 'train.bin', stored(tmp_path / 'qa')[1]['dtype'],
-                            starts, block_size, 'cpu', np.array(mask), ends)
-        filled = train + train
-        assert x.tolist() == [[filled[i] for i in window[:-1]] for window in windows]
-        assert y.tolist() == [[filled[i] if i in group else -1 for i in window[1:]]
-                              for window, group in zip(windows, answers, strict=True)]
+    x, y = load_windows(tmp_path / 'qa' / 'train.bin', stored(tmp_path / 'qa')[1]['dtype'],
+                        np.array([0, 50]), 30, tmp_path / 'qa' / 'train.mask')
+    assert x.tolist() == [train[0:30], train[50:80]]
+    targets = [i if counts else -1 for i, counts in zip(train, mask, strict=True)]
+    assert y.tolist() == [targets[1:31], targets[51:81]]
 
 
-PAIR = dict(prompt='x', completion='y')
-
-
-@pytest.mark.parametrize('records, message', [
-    ([PAIR, dict(prompt='x')], 'line 3: not JSON, or a field is missing: use "text", "prompt" and'),
-    ([PAIR | dict(prompt=['x'])], 'line 1: content is not a string: use'),
-    ([PAIR | dict(completion=' ')], 'line 1: an empty answer: use'),
-    ([dict(messages=[dict(role='tool', content='x')])], "line 1: the role 'tool' is not system, user, assis"),
-    ([dict(messages=[dict(role='user', content='x')])], 'line 1: no answer: use'),
-    ([PAIR], 'has one conversation: give two'),
-    ([PAIR, dict(text='x')], 'qa.jsonl holds plain text, unlike what comes before'),
-    ([dict(text='x'), PAIR], 'qa.jsonl holds conversations, unlike'),
-])
-def test_bad_conversations_are_refused(records, message, tmp_path):
-    refuses(message, conversations, tmp_path, 'bpe', records)
-
-
-def test_an_answer_needs_a_token_to_end_it(data, tmp_path):
+def test_bad_conversations_are_refused(data, tmp_path):
+    for records, message in (([PAIR, dict(prompt='x')], "line 3: KeyError.'text'.: use"),
+                             ([PAIR | dict(prompt=['x'])], 'line 1: AttributeError.*: use'),
+                             ([dict(messages=[dict(role='tool', content='x')])], 'line 1: KeyError.*tool')):
+        refuses(message, conversations, tmp_path, 'bpe', records)
     refuses('has no token to end an answer: use', conversations, tmp_path, str(data), [PAIR, PAIR])
 
 
 def test_every_answered_token_counts_the_same(start, tmp_path):
-    """Micro-batches have few or many tokens of answers. The loss, its gradient and the val loss
+    """Micro-batches have few, many or no tokens of answers. The loss, its gradient and the val loss
     are means over all those tokens, for one process and for two."""
     (train, val), (mask, val_mask) = conversations(tmp_path, 'char', RECORDS * 30)
     args = [*TINY, f'--dataset={tmp_path}/qa', '--dropout=0.0', '--gradient_accumulation_steps=8',
@@ -847,20 +767,19 @@ def test_every_answered_token_counts_the_same(start, tmp_path):
                     torchrun=('--standalone', '--nproc_per_node=2'))
     model = GPT.from_checkpoint(load_checkpoint(str(tmp_path / 'untrained')))
 
-    def slow_loss(ids, mask, starts, ends):
+    def slow_loss(ids, mask, starts):
         losses = []
-        for start, end in zip(starts, ends, strict=True):
-            window = ids[start:start + 17]
-            logits = model(torch.tensor([window[:-1]]))[0]
-            losses += [-logits[0, t].log_softmax(0)[target] for t, target in enumerate(window[1:])
-                       if start + 1 + t <= end and mask[start + 1 + t] == ANSWER]
+        for start in starts:
+            logits = model(torch.tensor([ids[start:start + 16]]))[0][0].log_softmax(1)
+            losses += [-logits[t, ids[start + 1 + t]] for t in range(16) if mask[start + 1 + t]]
         return torch.stack(losses).mean()
-    starts, ends, _ = document_windows(np.array(mask), 16)
-    step = shuffled_windows(len(starts), 1, 1337, 0, 8)
-    loss = slow_loss(train, mask, starts[step], ends[step])
+    starts = shuffled_windows(len(train) - 16, 16, 1337, 0, 8)
+    assert any(sum(mask[start + 1:start + 17]) == 0 for start in starts)
+    loss = slow_loss(train, mask, starts)
     loss.backward()
     norm = math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters()))
-    val_loss = slow_loss(val, val_mask, *document_windows(np.array(val_mask), 16)[:2])
+    n_windows = math.ceil((len(val) - 16) / 16)
+    val_loss = slow_loss(val, val_mask, np.linspace(0, len(val) - 17, n_windows).astype(int))
     evaluated, first = read_log(tmp_path / 'one')[:2]
     assert evaluated['val_loss'] == pytest.approx(val_loss.item(), rel=1e-4)
     assert first['loss'] == pytest.approx(loss.item(), rel=1e-4)
@@ -871,43 +790,30 @@ def test_every_answered_token_counts_the_same(start, tmp_path):
 
 class Server(http.server.BaseHTTPRequestHandler):
     """A web server with the faults of real ones. files: {path: body}; asked counts the requests. The first
-    part of a name selects the fault, of the first request (busy, cut, norange, changed), of the first two
-    (partial) or of all."""
+    part of a name selects the fault."""
     files, asked = {}, Counter()
 
     def do_GET(self):
         name = self.path.strip('/')
         self.asked[name] += 1
-        number = self.asked[name]
         fault = os.path.basename(name).partition('-')[0]
         body = self.files.get(name)
-        if body is None or fault == 'busy' and number == 1:
+        if body is None or fault == 'busy' and self.asked[name] == 1:
             return self.send_error(404 if body is None else 500)
-        if fault in ('changed', 'mixed') and number > 1:
-            body = body[::-1]
-        weak = 'W/' * (fault == 'weak')
-        headers = {'ETag': f'{weak}"{hashlib.md5(body).hexdigest()}"', 'Content-Length': str(len(body))}
-        asked_range = re.fullmatch(r'bytes=(\d+)-', self.headers.get('Range', ''))
-        code, start, end = 200, 0, len(body)
-        same = self.headers['If-Range'] == headers['ETag'] or fault == 'mixed'
-        if asked_range and same and fault != 'norange':
-            code, start = 206, int(asked_range[1])
-        if code == 206 and start >= len(body):
+        code, start, end = 200, int(self.headers['Range'][6:-1]), len(body)
+        headers = {'page': {'Content-Type': 'text/html; charset=utf-8'}}.get(fault, {})
+        if start > len(body):
             return self.send_error(416)
-        if number == 1 and fault in ('cut', 'norange', 'changed', 'mixed', 'partial'):
+        if fault == 'norange':
+            start = 0
+        elif start:
+            code = 206
+        headers['Content-Length'] = end - start
+        if fault in ('cut', 'norange') and self.asked[name] == 1:
             end = len(body) // 3  # the connection breaks there
-        elif code == 206:
-            if number == 2 and fault == 'partial':
-                end = start + 1000
-            headers['Content-Range'] = f'bytes {start}-{end - 1}/{len(body)}'
-            headers['Content-Length'] = end - start
         if fault == 'moved' and not name.startswith('new/'):  # as Hugging Face does, with the sha256
-            sha256 = hashlib.sha256(body).hexdigest()
-            code, headers = 302, {'Location': f'/new/{name}', 'X-Linked-ETag': f'"{sha256}"'}
-        headers |= dict(page={'Content-Type': 'text/html; charset=utf-8'}, many={'Content-Length': 'many'},
-                        short={'Content-Length': len(body) + 7}).get(fault, {})
-        if fault == 'endless':
-            del headers['Content-Length']
+            code = 302
+            headers = {'Location': f'/new/{name}', 'X-Linked-ETag': f'"{hashlib.sha256(body).hexdigest()}"'}
         self.send_response(code)
         for header in headers.items():
             self.send_header(*header)
@@ -931,41 +837,28 @@ def server(monkeypatch):
 
 
 def test_downloads_are_complete_or_refused(server, tmp_path):
-    """An interrupted download resumes, also in a later run, and starts over if it cannot or the file has
-    changed. A wrong file, an error page and half a file never get the file's name."""
+    """An interrupted download resumes, also in a later run. A wrong file, an error page and half a file
+    never get the file's name."""
     body = bytes(range(256)) * 4000
-    good = {'fine': 1, 'cut': 2, 'norange': 2, 'busy': 2, 'partial': 3, 'changed': 2, 'mixed': 3,
-            'moved-1': 1}  # and how many requests each takes
-    bad = {'missing': '404', 'page': 'web page', 'many': 'does not say how long', 'endless': 'does not say',
-           'short': 'received 1,024,000 of 1,024,007|IncompleteRead',
-           'moved-2': f'corrupt .its sha256 is .*, not {hashlib.sha256(body).hexdigest()}'}
-    etag = f'"{hashlib.md5(body).hexdigest()}"'
-    later = {'fine-half': (bytes(1000), etag, bytes(1000) + body[1000:]),
-             'fine-long': (body + b'x', etag, body),
-             'fine-old': (bytes(1000), '"other"', body),
-             'weak': (bytes(1000), f'W/{etag}', body)}
-    for name in (*good, *bad, *later, 'new/moved-1'):
+    good = {'fine': 1, 'cut': 2, 'norange': 2, 'busy': 2, 'moved-1': 1}  # how many requests each takes
+    bad = {'missing': '404', 'page': 'is not a file',
+           'moved-2': f'the sha256 is .*, not {hashlib.sha256(body).hexdigest()}'}
+    for name in (*good, *bad, 'fine-half', 'fine-long', 'new/moved-1'):
         Server.files[name] = body
     Server.files['new/moved-2'] = body[:-1]
     del Server.files['missing']
-    download({str(tmp_path / name): f'{server}/{name}' for name in good})
     for name, times in good.items():
-        expected = body[::-1] if name in ('changed', 'mixed') else body
-        assert (tmp_path / name).read_bytes() == expected and Server.asked[name] == times, name
-    for name, (part, version, expected) in later.items():
+        download(f'{server}/{name}', str(tmp_path / name))
+        assert (tmp_path / name).read_bytes() == body and Server.asked[name] == times, name
+    for name, part in (('fine-half', body[:1000]), ('fine-long', body + b'x')):
         (tmp_path / f'{name}.part').write_bytes(part)
-        (tmp_path / f'{name}.part.etag').write_text(version)
-        download({str(tmp_path / name): f'{server}/{name}'})
-        assert (tmp_path / name).read_bytes() == expected, name
+        download(f'{server}/{name}', str(tmp_path / name))
+        assert (tmp_path / name).read_bytes() == body, name
     for name, message in bad.items():
-        refuses(message, download, {str(tmp_path / name): f'{server}/{name}'})
-    for message, url in (('sha256 is .*, not 00', f'{server}/fine'),
-                         ('3 attempts', 'http://127.0.0.1:9/nobody'),
-                         ('use https', 'http://example.com/'),
-                         ('use https', 'http://localhost:x@example.com/')):
-        refuses(message, download, {str(tmp_path / 'other'): url}, digest='00')
-    left = {p.name for p in tmp_path.iterdir()}
-    assert left == {*good, *later, 'short.part', 'short.part.etag', '.lock'}
+        refuses(message, download, f'{server}/{name}', str(tmp_path / name))
+    refuses('sha256 is .*, not 00', download, f'{server}/fine', str(tmp_path / 'other'), sha256='00')
+    refuses('again to resume', download, 'http://127.0.0.1:9/nobody', str(tmp_path / 'other'))
+    assert {p.name for p in tmp_path.iterdir()} == {*good, 'fine-half', 'fine-long', '.lock'}
 
 
 def shard(ids):
@@ -975,11 +868,11 @@ def shard(ids):
 
 def test_large_datasets_come_in_shards(server, tmp_path, monkeypatch, gpt2_files):
     """Shards become one train.bin, in order, and the validation shard val.bin. No shard is downloaded
-    twice. A damaged shard and a full disk are noticed before anything is overwritten."""
+    twice. A damaged shard and ids beyond the vocabulary are noticed before anything is overwritten."""
     ids = [np.random.default_rng(i).integers(50257, size=1000 + i) for i in range(4)]
     for i, shard_ids in enumerate(ids):
         Server.files[f'fine-{i}.bin'] = shard(shard_ids)
-    row = dict(source=f'{server}/fine-%d.bin', shards=range(1, 4), val=f'{server}/fine-0.bin', disk=1e-5)
+    row = dict(source=f'{server}/fine-%d.bin', shards=range(1, 4), val=f'{server}/fine-0.bin')
     monkeypatch.setitem(prepare.DATASETS, str(tmp_path), row)
     for count, used in ((2, ids[1:3]), (0, ids[1:])):
         prepare.prepare(str(tmp_path), shards=count)
@@ -988,26 +881,12 @@ def test_large_datasets_come_in_shards(server, tmp_path, monkeypatch, gpt2_files
         assert meta['tokenizer'] == dict(type='gpt2') and load_dataset(str(tmp_path))
     assert set(Server.asked.values()) == {1}
     before = {p: p.read_bytes() for p in tmp_path.glob('*.*')}
-    (tmp_path / 'download' / 'fine-3.bin').unlink()
-    for damaged in (shard(ids[3])[:-2], b'\0' + shard(ids[3])[1:], b''):
-        Server.files['fine-3.bin'] = damaged
-        refuses('fine-3.bin.*not a whole shard', prepare.prepare, str(tmp_path))
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, 'disk_usage', lambda path: usage._replace(free=5_000))
-    refuses('has 0.0 GB free but needs', prepare.prepare, str(tmp_path))
+    last, = (tmp_path / 'download').glob('*-fine-3.bin')
+    for damaged, message in ((shard(ids[3])[:-2], 'not a whole shard'), (b'', 'not a whole shard'),
+                             (shard([0, 50257] * 10), 'fine-3.bin holds the id 50257')):
+        last.write_bytes(damaged)
+        refuses(message, prepare.prepare, str(tmp_path))
     assert {p: p.read_bytes() for p in tmp_path.glob('*.*')} == before
-
-
-def test_ids_beyond_the_vocabulary_are_never_written(tmp_path, gpt2_files):
-    """Only shards can hold them. Opening a dataset does not read its ids again."""
-    (tmp_path / 'good.bin').write_bytes(shard([0, 50256] * 10))
-    (tmp_path / 'bad.bin').write_bytes(shard([0, 50256] * 10 + [50257]))
-    prepare.prepare(str(tmp_path / 'set'), str(tmp_path / 'good.bin'))
-    before = (tmp_path / 'set' / 'train.bin').read_bytes()
-    refuses('bad.bin holds the id 50257', prepare.prepare, str(tmp_path / 'set'), str(tmp_path / 'bad.bin'))
-    assert (tmp_path / 'set' / 'train.bin').read_bytes() == before
-    refuses('bad.bin holds the id 50257', prepare.prepare, str(tmp_path / 'new'), str(tmp_path / 'bad.bin'))
-    refuses('is not prepared', load_dataset, str(tmp_path / 'new'))
 
 
 # -----------------------------------------------------------------------------
@@ -1039,68 +918,44 @@ def test_gpt2_is_gpt2(tmp_path, dtype, shard_size, changes, device):
     logits = ours(idx.to(device))[0].cpu()
     torch.testing.assert_close(logits, theirs(idx).logits, rtol=1e-4, atol=1e-4)
     expected = theirs.generate(idx[:, :9], max_new_tokens=20, do_sample=False, eos_token_id=None)
-    tokens = torch.stack(list(ours.generate(idx[:, :9].to(device), 20, temperature=0)), 1).cpu()
-    assert torch.equal(tokens, expected[:, 9:])
-
-
-def test_a_file_like_openais_needs_no_config(tmp_path):
-    """The names are shorter, there are masks, and heads have size 64."""
-    from safetensors.torch import load_file, save_file
-    theirs = hugging_face(tmp_path, n_embd=128, n_head=2)
-    weights = load_file(tmp_path / 'model.safetensors')
-    weights = {name.removeprefix('transformer.'): w for name, w in weights.items()}
-    weights['h.0.attn.bias'] = torch.ones(1, 1, 32, 32).tril().byte()
-    (tmp_path / 'alone').mkdir()
-    file = tmp_path / 'alone' / 'x.safetensors'
-    save_file(weights, file)
-    idx = torch.randint(97, (2, 32))
-    logits = GPT.from_pretrained(str(file)).eval()(idx)[0]
-    torch.testing.assert_close(logits, theirs(idx).logits, rtol=1e-4, atol=1e-4)
+    assert torch.equal(ours.generate(idx[:, :9].to(device), 20, temperature=0).cpu(), expected)
 
 
 def test_what_is_not_gpt2_is_refused(tmp_path):
-    """Neither other architectures nor other tokenizers are taken for GPT-2's."""
+    """Other architectures are not taken for GPT-2's, nor is an unknown tokenizer."""
     from safetensors.torch import load_file, save_file
     hugging_face(tmp_path)
     config, file = tmp_path / 'config.json', tmp_path / 'model.safetensors'
     load = partial(GPT.from_pretrained, str(tmp_path))
     refuses("not GPT-2's", main, 'sample.py', f'--init_from={tmp_path}', '--device=cpu')
-    for word, kind in (('gazed', 'gpt2'), ('mundo', 'unknown')):
-        (tmp_path / 'vocab.json').write_text(f'{{"o": 0, "\u0120{word}": 50255}}')
-        assert model.tokenizer_of(tmp_path, 50257)['type'] == kind
     text, weights = config.read_text(), load_file(file)
-    for name, value in (('activation_function', 'relu'), ('n_layer', 2),
-                        ('scale_attn_by_inverse_layer_idx', True)):
-        config.write_text(json.dumps(json.loads(text) | {name: value}))
-        refuses(f'says {name}={value!r}, but', load)
-    config.unlink()
-    refuses('n_embd=48 is not a multiple of 64', load)
+    config.write_text(text.replace('gelu_new', 'relu'))
+    refuses("says activation_function='relu', but GPT-2 has", load)
     config.write_text(text)
-    for name, tensor, message in (
-            ('lm_head.weight', torch.ones(97, 48), 'lm_head.weight differs from wte.weight'),
-            ('transformer.wpe.weight', torch.ones(9, 9).byte(), 'must be F32, F16 or BF16'),
-            ('transformer.wpe.weight', torch.ones(9), 'is not a GPT-2'),
-            ('transformer.h.0.extra', torch.ones(1), 'Unexpected key')):
-        save_file(weights | {name: tensor}, file)
-        refuses(message, load)
+    save_file(weights | {'transformer.h.0.extra': torch.ones(1)}, file)
+    refuses('Unexpected key', load)
+    file.write_bytes(file.read_bytes()[:100])
+    refuses('is damaged or not a GPT-2', load)
 
 
 def test_openai_weights_are_downloaded_once(server, tmp_path, monkeypatch):
-    """They are checked, and kept in GPT_CACHE."""
-    hugging_face(tmp_path / 'hf', n_embd=64, n_head=1)
-    body = (tmp_path / 'hf' / 'model.safetensors').read_bytes()
+    """They are checked, and kept in GPT_CACHE. In OpenAI's file names are shorter, there are masks, and
+    no config: heads have size 64."""
+    from safetensors.torch import load_file, save
+    theirs = hugging_face(tmp_path, n_embd=128, n_head=2)
+    weights = load_file(tmp_path / 'model.safetensors')
+    weights = {name.removeprefix('transformer.'): w for name, w in weights.items()}
+    weights['h.0.attn.bias'] = torch.ones(1, 1, 32, 32).tril().byte()
     path = 'openai-community/{}/resolve/main/model.safetensors'
-    for name, content in (('gpt2', body), ('gpt2-large', body), ('gpt2-xl', b'not this')):
-        Server.files[path.format(name)] = content
+    Server.files |= {path.format('gpt2-large'): save(weights), path.format('gpt2'): b'other'}
     monkeypatch.setattr('model.HUB', server)
     monkeypatch.setenv('GPT_CACHE', str(tmp_path / 'cache'))
+    idx = torch.randint(97, (2, 32))
     for _ in range(2):
-        assert GPT.from_pretrained('gpt2-large').config.n_embd == 64
+        logits = GPT.from_pretrained('gpt2-large').eval()(idx)[0]
+        torch.testing.assert_close(logits, theirs(idx).logits, rtol=1e-4, atol=1e-4)
     assert Server.asked == {path.format('gpt2-large'): 1}
-    for name, message in (('gpt2', 'its sha256 is .*, not 248dfc39'), ('gpt2-medium', '404'),
-                          ('gpt2-xl', 'not a safetensors file')):
-        refuses(message, GPT.from_pretrained, name)
-    assert len(list((tmp_path / 'cache').glob('*/model.safetensors'))) == 1
+    refuses('the sha256 is .*, not 248dfc39', GPT.from_pretrained, 'gpt2')
 
 
 def checkpoint_of(model, tokenizer):
@@ -1122,7 +977,7 @@ def test_transformers_loads_what_we_export(kind, bpe_spec, gpt2_files, tmp_path)
     logits = ours(idx)[0][..., :tok.n_vocab]
     torch.testing.assert_close(theirs(idx).logits, logits, rtol=1e-4, atol=1e-4)
     assert theirs.config.n_ctx == 16  # which llama.cpp's converter reads
-    assert theirs.config.eos_token_id == theirs.generation_config.eos_token_id == tok.eot
+    assert theirs.config.eos_token_id == tok.eot
 
     loaded, before = load_checkpoint(str(tmp_path)), ours.state_dict()
     assert loaded['chat'] == CHAT_FORM
@@ -1138,17 +993,17 @@ def test_transformers_loads_what_we_export(kind, bpe_spec, gpt2_files, tmp_path)
             assert tokenizer.decode(ids) == text
 
 
-def test_a_new_flag_is_neither_ignored_nor_exported_as_gpt2(monkeypatch, tmp_path):
+def test_a_new_setting_is_neither_ignored_nor_exported_as_gpt2(monkeypatch, tmp_path):
     """A field added to GPTConfig is read from the settings, and GPT-2's format refuses it."""
     @dataclasses.dataclass
     class ForkedConfig(GPTConfig):
-        silu: bool = False
+        smooth: bool = False
     monkeypatch.setattr(model, 'GPTConfig', ForkedConfig)
-    assert model.config_from_settings(dict(n_layer=3, silu=True, device='cpu')).silu
-    for flag in ('rope', 'qk_norm', 'relu2', 'silu'):
-        checkpoint = checkpoint_of(tiny(**{flag: True} if flag != 'silu' else {}), {})
-        checkpoint['model_args'][flag] = True
-        refuses(f'cannot hold a model with {flag}', model.to_huggingface, checkpoint, str(tmp_path))
+    assert model.config_from_settings(dict(n_layer=3, smooth=True, device='cpu')).smooth
+    for name, value in dict(rope=True, qk_norm=True, activation='relu2', smooth=True).items():
+        checkpoint = checkpoint_of(tiny(rope=name == 'rope'), {})
+        checkpoint['model_args'][name] = value
+        refuses(f'cannot hold {name}={value!r}', model.to_huggingface, checkpoint, str(tmp_path))
 
 
 @pytest.mark.parametrize('flags', [FLAGS[0], FLAGS[-1]], ids=str)
@@ -1165,126 +1020,35 @@ def test_onnx(flags, tmp_path):
         torch.testing.assert_close(torch.from_numpy(logits), ours(idx)[0], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.filterwarnings('ignore')
-def test_damaged_files_load_or_are_refused(tmp_path):
-    """Hundreds of damaged weights, tokenizers, checkpoints and pickles. Each one loads or raises
-    UserError in one line."""
-    folder = str(tmp_path)
-    small = tiny(n_layer=1, n_embd=2, n_head=1, block_size=2, vocab_size=4)
-    model.to_huggingface(checkpoint_of(small, dict(type='char', chars='abcd')), folder)
-    (tmp_path / 'x.txt').write_text('the theory of the other ' * 9)
-    prepare.prepare(folder, f'{folder}/x.txt', 'bpe', vocab_size=270)
-    for name, zipped in (('new.pt', True), ('old.pt', False)):
-        torch.save(checkpoint_of(small, dict(type='gpt2')) | dict(config={}, iter_num=1, best_val_loss=1.0),
-                   tmp_path / name, _use_new_zipfile_serialization=zipped)
-    (tmp_path / 'meta.pkl').write_bytes(pickle.dumps(dict(itos={0: 'a', 1: 'b'}, stoi=dict(a=0, b=1))))
-
-    def load():
-        if name.endswith('.pt'):
-            return GPT.from_checkpoint(load_checkpoint(f'{folder}/{name}'))
-        if name == 'meta.pkl':
-            return prepare.nanogpt_tokenizer(folder)
-        checkpoint = load_checkpoint(folder)
-        GPT.from_checkpoint(checkpoint)
-        tok = get_tokenizer(checkpoint['tokenizer'])
-        tok.decode_bytes(tok.encode('the'))
-        load_dataset(folder)
-    rng = np.random.default_rng(0)
-    for name in ('model.safetensors', 'config.json', 'meta.json', 'new.pt', 'old.pt', 'meta.pkl'):
-        load()
-        content, refused = (tmp_path / name).read_bytes(), 0
-        for _ in range(150):
-            begin = rng.integers(len(content))
-            end = begin + rng.integers(9)
-            number = str(rng.integers(-9, 10 ** rng.integers(1, 18))).encode()
-            inserted = [b'', rng.bytes(3), number, content[begin:end]][rng.integers(4)]
-            (tmp_path / name).write_bytes(content[:begin] + inserted + content[end:])
-            try:
-                load()
-            except UserError as error:
-                assert '\n' not in str(error)
-                refused += 1
-        assert refused > 50, name
-        (tmp_path / name).write_bytes(content)
-
-
 def test_weights_have_to_fit_the_model():
-    """Half precision becomes float32, and float32 is not copied. Sizes that the weights do not
-    have are refused before the model is built."""
+    """Half precision becomes float32, and float32 is not copied. Checkpoints from before the setting
+    'activation' load."""
     checkpoint = checkpoint_of(tiny(), dict(type='gpt2'))
-    loaded = GPT.from_checkpoint(checkpoint)
-    for name, w in loaded.state_dict().items():
+    for name, w in GPT.from_checkpoint(checkpoint).state_dict().items():
         assert w.data_ptr() == checkpoint['model'][name].data_ptr(), name
     halved = checkpoint_of(tiny().bfloat16(), dict(type='gpt2'))
     assert {p.dtype for p in GPT.from_checkpoint(halved).parameters()} == {torch.float32}
-    for wrong in (dict(n_layer=3), dict(n_embd=64), dict(vocab_size=10 ** 9), dict(n_head='x')):
-        refuses('do not fit its model_args', GPT.from_checkpoint, halved, **wrong)
-    refuses('n_layer=500, but only', GPT.from_checkpoint, halved, n_layer=500)
-
-
-def test_checkpoints_that_would_corrupt_memory_are_refused(run, data, tmp_path):
-    """Fused kernels trust shapes, strides and dtypes. A small file cannot fill the memory."""
-    def resume(checkpoint):
-        torch.save(checkpoint, tmp_path / 'ckpt.pt')
-        main('train.py', *TINY, f'--dataset={data}', f'--out_dir={tmp_path}', '--init_from=resume',
-             '--max_iters=7')
-    for bad in (lambda w: w[:1], lambda w: w.sum(), lambda w: w[:1].expand_as(w), lambda w: w.long(),
-                lambda w: 1.0, lambda w: w.to('meta'), torch.Tensor.to_sparse):
-        checkpoint = read_checkpoint(run)
-        weights, state = checkpoint['model'], checkpoint['optimizer']['adamw']['state']
-        state[0]['exp_avg'] = bad(state[0]['exp_avg'])
-        refuses('the optimizer state does not fit|not dense floating-point', resume, checkpoint)
-        weights['transformer.wpe.weight'] = bad(weights['transformer.wpe.weight'])
-        refuses('not dense floating-point|do not fit its model_args', resume, checkpoint)
-    resume(read_checkpoint(run))
-    with zipfile.ZipFile(run / 'ckpt.pt') as old, zipfile.ZipFile(tmp_path / 'zip.pt', 'w') as new:
-        for entry in old.infolist():
-            content = old.read(entry)
-            entry.compress_type = zipfile.ZIP_DEFLATED
-            new.writestr(entry, content)
-            entry.external_attr = 0
-    refuses('modified since it was saved', load_checkpoint, str(tmp_path / 'zip.pt'))
-    doubling = [[65, 65], *([256 + i, 256 + i] for i in range(14))]
-    refuses('a token of 16,384 bytes', get_tokenizer, dict(type='bpe', split=SPLIT, merges=doubling))
+    for wrong in (dict(n_layer=3), dict(n_embd=64), dict(block_size=17), dict(n_head='x')):
+        refuses('do not fit the model_args', GPT.from_checkpoint, halved, **wrong)
 
 
 def test_files_with_code_in_them_are_refused(tmp_path):
-    """Loading a pickle runs no code and takes no gigabytes, whatever it contains."""
     class Evil:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / 'executed'),)
-    for zipped in (True, False):
-        torch.save(Evil(), tmp_path / 'ckpt.pt', _use_new_zipfile_serialization=zipped)
-        refuses('is damaged or not a checkpoint', load_checkpoint, str(tmp_path))
-    memo = b'\x80\x04Nr\xff\xff\xff\x7f.'  # None, with the memo index 2,147,483,647
-    deep = b'\x80\x04}' + b'(' * 1000 + b't' * 1000 + b'Ns.'
-    for content in (pickle.dumps(Evil()), memo, deep, pickle.dumps(dict(itos=['ab', '']))):
-        (tmp_path / 'meta.pkl').write_bytes(content)
-        refuses('meta.pkl is damaged or not', prepare.nanogpt_tokenizer, str(tmp_path))
+    torch.save(Evil(), tmp_path / 'ckpt.pt')
+    refuses('is damaged or not a checkpoint', load_checkpoint, str(tmp_path))
+    (tmp_path / 'meta.pkl').write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(pickle.UnpicklingError):
+        prepare.nanogpt_tokenizer(str(tmp_path))
     assert not (tmp_path / 'executed').exists()
-
-
-def test_a_safetensors_header_accounts_for_every_byte(tmp_path):
-    """Other headers are refused before a tensor is read."""
-    def read(*entries, size=8):
-        header = {str(i): dict(dtype=dtype, shape=shape, data_offsets=offsets)
-                  for i, (dtype, shape, offsets) in enumerate(entries)}
-        text = json.dumps(header).encode()
-        path = tmp_path / 'x.safetensors'
-        path.write_bytes(len(text).to_bytes(8, 'little') + text + bytes(size))
-        return [name for name, _ in model.read_safetensors(str(path))]
-    first, second = ('F32', [1], [0, 4]), ('F32', [1], [4, 8])
-    assert read(second, first) == ['1', '0']
-    refuses('bytes on disk, .* in the header', read, first, second, size=9)
-    for wrong in (('F32', [2], [0, 8]), ('F32', [2], [4, 8]), ('F64', [1], [4, 8]),
-                  ('F32', [-1, -1], [4, 8]), ('F32', [2 ** 62, 4, 2 ** 62], [4, 8])):
-        refuses('is damaged or not a safetensors file', read, first, wrong)
 
 
 def test_nanogpt_runs_resume(data, tmp_path, monkeypatch):
     """nanoGPT's data trains as it is. Its checkpoint samples where its characters are found, and
     resumes as the same checkpoint of ours does."""
     monkeypatch.setattr(prepare, 'DATA', str(tmp_path / 'data'))
+    monkeypatch.setattr(model, 'DATA', str(tmp_path / 'data'))
     dataset, theirs, ours = tmp_path / 'data' / 'letters', tmp_path / 'theirs', tmp_path / 'ours'
     for folder in (dataset, theirs, ours):
         folder.mkdir(parents=True)
@@ -1295,32 +1059,29 @@ def test_nanogpt_runs_resume(data, tmp_path, monkeypatch):
     (dataset / 'meta.pkl').write_bytes(pickle.dumps(dict(itos=itos)))
 
     gpt, idx = tiny(vocab_size=len(itos)), torch.zeros(1, 9, dtype=torch.long)
-    adamw = gpt.configure_optimizers('adamw', 0.1, 1e-3, (0.9, 0.95))['adamw']
+    adamw, = configure_optimizers(gpt, 'adamw', 0.1, 1e-3, (0.9, 0.95))
     gpt(idx, idx)[1].backward()
     adamw.step()
     shared = dict(model_args=vars(gpt.config), iter_num=6, config=dict(dataset='letters'))
-    torch.save(shared | checkpoint_of(gpt, meta['tokenizer']) | dict(
-        optimizer=dict(adamw=adamw.state_dict()), scaler={}, best_val_loss=9.0), ours / 'ckpt.pt')
+    named = {name: adamw.state[p] for name, p in gpt.named_parameters()}
+    torch.save(shared | checkpoint_of(gpt, meta['tokenizer']) | dict(optimizer=named, best_val_loss=9.0),
+               ours / 'ckpt.pt')
     weights = {f'_orig_mod.{name}': w for name, w in gpt.state_dict().items()}
     weights['_orig_mod.transformer.h.0.attn.bias'] = torch.ones(1, 1, 16, 16).tril()
     torch.save(shared | dict(model=weights, optimizer=adamw.state_dict(),
                              best_val_loss=torch.tensor(9.0)), theirs / 'ckpt.pt')
 
-    sample = partial(main, 'sample.py', f'--out_dir={theirs}', '--max_new_tokens=9', '--device=cpu')
-    sample()
-    (dataset / 'meta.pkl').rename(tmp_path / 'meta.pkl')
-    refuses("characters of dataset 'letters', but no matching meta", sample)
-    (tmp_path / 'meta.pkl').rename(dataset / 'meta.pkl')
+    main('sample.py', f'--out_dir={theirs}', '--max_new_tokens=9', '--device=cpu')
     for out, name in ((theirs, 'letters'), (ours, data)):
         main('train.py', *TINY, f'--out_dir={out}', f'--dataset={name}', '--init_from=resume',
              '--max_iters=8')
     assert_same_run(theirs, ours)
-    assert len(list(dataset.iterdir())) == 3  # nothing new
 
 
 def test_nanogpt_settings_are_known():
     """train.py has every setting that nanoGPT's config files use."""
-    assert set(vars(train)) >= set(
+    names = re.findall(r'^([a-z]\w*) = ', (HERE / 'train.py').read_text(), re.MULTILINE)
+    assert set(names) >= set(
         'init_from out_dir eval_interval eval_iters eval_only log_interval always_save_checkpoint '
         'wandb_log wandb_project wandb_run_name dataset gradient_accumulation_steps batch_size '
         'block_size n_layer n_head n_embd dropout bias learning_rate max_iters weight_decay beta1 '
@@ -1349,16 +1110,19 @@ def test_an_epoch_reads_every_window_once():
     assert not np.array_equal(window_starts(n, 16, 8, 0, epochs.size), epochs.flat)
 
 
-def test_learning_rate():
-    """Linear warmup, an optional hold, then cosine decay to min_lr or linear decay to zero."""
-    for schedule, hold, steps in (
-            ('cosine', 0, {0: 1 / 11, 9: 10 / 11, 10: 1, 60: 0.55, 110: 0.1, 500: 0.1}),
-            ('linear', 0, {0: 1 / 11, 9: 10 / 11, 10: 1, 60: 0.5, 110: 0, 500: 0}),
-            ('linear', 50, {9: 10 / 11, 10: 1, 60: 1, 85: 0.5, 110: 0})):
-        for step, expected in steps.items():
-            lr = get_lr(step, peak=1.0, warmup=10, hold=hold, decay_end=110, min_lr=0.1,
-                        schedule=schedule)
-            assert lr == pytest.approx(expected), (schedule, step)
+def test_learning_rate(data, tmp_path):
+    """What a run logs: linear warmup, an optional hold, then cosine decay to min_lr or linear decay to
+    zero."""
+    args = [*TINY, f'--dataset={data}', f'--out_dir={tmp_path}', '--max_iters=12', '--eval_interval=100',
+            '--eval_iters=1', '--learning_rate=1', '--min_lr=0.1', '--warmup_iters=2', '--lr_decay_iters=10']
+    for more, expected in (
+            (['--lr_schedule=cosine'], {0: 1 / 3, 1: 2 / 3, 2: 1, 6: 0.55, 10: 0.1, 11: 0.1}),
+            (['--lr_schedule=linear'], {0: 1 / 3, 2: 1, 6: 0.5, 10: 0, 11: 0}),
+            (['--lr_schedule=linear', '--lr_hold_iters=4'], {2: 1, 6: 1, 8: 0.5, 10: 0}),
+            (['--decay_lr=False'], {0: 1, 11: 1})):
+        main('train.py', *args, *more)
+        logged = {entry['iter']: entry['lr'] for entry in read_log(tmp_path) if 'lr' in entry}
+        assert {step: logged[step] for step in expected} == pytest.approx(expected), more
 
 
 def configured(*argv):
@@ -1377,33 +1141,25 @@ def test_values_take_the_type_of_their_default(arg, value):
 
 
 @pytest.mark.parametrize('arg, message', [
-    ('--itters=3', 'did you mean iters'), ('--qqqq', '--help lists them'),
+    ('--itters=3', 'did you mean iters'), ('--qqqq=1', '--help lists them'),
     ('--__file__=x', 'unknown setting'), ('--flag=maybe', 'takes True or False'),
     ('--iters=1.5', 'takes a whole number'), ('--iters=1e999', 'takes a whole number'),
-    ('--rate=\n', 'takes a number'), ('--iters', 'write --iters=VALUE, without spaces'),
-    ('iters=3', 'write --iters=3'), ('none.py', "no override file 'none.py'"),
+    ('--rate=\n', 'takes a number'), ('--i=3', 'did you mean iters'),
+    ('--flags=1', 'did you mean flag'), ('--iters', 'write --iters=VALUE, without spaces'),
+    ('iters=3', 'write a setting as --name=value'), ('none.py', "no override file 'none.py'"),
     ('README.md', "no override file 'README.md'")])
 def test_bad_arguments_are_refused(arg, message):
     refuses(message, configured, arg)
-
-
-def test_hints_name_the_setting_that_was_meant():
-    names = [name for name, value in vars(train).items() if isinstance(value, (bool, int, float, str))]
-    for name, meant in dict(lr='learning_rate', grad_accum='gradient_accumulation_steps', resume=None,
-                            batch_sizes='batch_size', max_iter='max_iters', data='dataset').items():
-        assert configurator._nearest(name, names) == meant
     assert str(UserError('a\x1b[31m\nb')) == 'a?[31m b'  # nothing that a terminal obeys
 
 
 def test_override_files(tmp_path):
-    """A file computes, imports and sees the values so far. Errors name its line."""
+    """A file computes, imports and sees the values so far."""
     file = tmp_path / 'over ride.py'
     file.write_text('import math\n_half = iters // 2\niters = _half + 1\nrate = math.pi\nflag = 0')
     expected = dict(iters=6, rate=math.pi, flag=False, name='y', compile='auto')
     assert configured('--iters=10', str(file), '--name=y') == expected
     for source, message in (('iters = 3\nrates = 1', "unknown setting 'rates': did you mean rate"),
-                            ('iters = 3\nrate = 1 / 0', 'line 2: ZeroDivisionError'),
-                            ('iters = 3\n\nx = (', 'line 3: SyntaxError'),
                             ('name = 3', 'name takes text in quotes')):
         file.write_text(source)
         refuses(f'{re.escape(str(file))}.*{message}', configured, str(file))
@@ -1416,24 +1172,15 @@ def test_help_shows_every_setting(capsys):
         main(script, '--help')
         output = capsys.readouterr().out
         assert max(map(len, output.splitlines())) <= 80
-    names = re.findall(r'^  --(\w+)=', output, re.MULTILINE)
-    source = (HERE / 'train.py').read_text()
-    assert names == re.findall(r'^([a-z]\w*) = ', source, re.MULTILINE)
+        assert '--n_embd=768' in output or script in ('sample.py', 'prepare.py')
     assert re.search(r'\n\n# data\n  --dataset=.* folder in data/', output)
     assert re.search(r'--eval_interval=2000 +steps between evaluations', output)
 
 
-def test_device_and_dtype_are_honored_or_refused(monkeypatch):
-    """'auto' always works. It takes bfloat16 for wide models on CPUs where it is faster."""
+def test_device_and_dtype_are_honored_or_refused():
     assert resolve_device('auto').split(':')[0] in DEVICES
-    threads = torch.get_num_threads()
-    configurator.is_bfloat16_faster()
-    assert torch.get_num_threads() == threads
-    for is_faster, width, dtype in ((True, 256, 'bfloat16'), (True, 255, 'float32'),
-                                   (False, 256, 'float32')):
-        monkeypatch.setattr(configurator, 'is_bfloat16_faster', partial(bool, is_faster))
-        assert resolve_dtype('auto', 'cpu', width) == dtype
     refuses('but this machine has', resolve_device, 'cuda:99')
+    refuses('but this machine has', resolve_device, 'tpu')
     refuses("dtype='float64'", resolve_dtype, 'float64', 'cpu')
     refuses("dtype='float16'", resolve_dtype, 'float16', 'cpu')
 
@@ -1451,10 +1198,9 @@ def test_a_run_logs_and_saves(run, data, capsys):
     assert list(val_losses) == [0, 3, 6]
     assert newest['iter_num'] == 6 and best['best_val_loss'] == min(val_losses.values())
     assert newest['model'].keys() == tiny(bias=False).state_dict().keys()
-    assert 'optimizer' in newest and 'optimizer' not in best
-    main('train.py', *TINY, f'--dataset={data}', f'--out_dir={run}', '--eval_only=True', '--rope=True')
+    assert newest['optimizer'] and not best['optimizer']
+    main('train.py', *TINY, f'--dataset={data}', f'--out_dir={run}', '--eval_only=True')
     output = capsys.readouterr().out
-    assert "cannot be exported in GPT-2's format: it has rope\n" in output
     assert re.search(r'\nstep 0: train loss \d\.\d{4}, val loss \d\.\d{4}\n$', output)
     assert read_log(run) == log
     assert {p.name for p in run.iterdir()} == {'ckpt.pt', 'best.pt', 'log.jsonl', '.lock'}
@@ -1462,7 +1208,7 @@ def test_a_run_logs_and_saves(run, data, capsys):
 
 def test_auto_starts_and_then_resumes(data, tmp_path, monkeypatch, capsys):
     """init_from=auto starts from scratch, then resumes, from any folder and into any path. The
-    seconds and tokens in the log go on."""
+    seconds and tokens in the log go on. A new run in the same folder moves the old one aside."""
     monkeypatch.chdir(tmp_path)
     args = [*TINY, f'--dataset={data}', '--out_dir=o u t', '--init_from=auto']
     main('train.py', *args, '--max_iters=3')
@@ -1473,33 +1219,23 @@ def test_auto_starts_and_then_resumes(data, tmp_path, monkeypatch, capsys):
     log = read_log(tmp_path / 'o u t')
     assert [entry['iter'] for entry in log] == [0, 0, 1, 2, 3, 3, 4, 5, 6]
     seconds = [entry['seconds'] for entry in log]
-    assert seconds == sorted(seconds)
+    assert max(seconds) == seconds[-1] > 0
     for entry in log:  # a step's tokens include its own batch
         steps = entry['iter'] + ('loss' in entry)
         assert entry['tokens'] == steps * 2 * 4 * 16
+    main('train.py', *args, '--init_from=scratch', '--max_iters=1')
+    assert read_checkpoint(tmp_path / 'o u t')['iter_num'] == 1
+    assert read_log(tmp_path / 'o u t' / 'earlier-1') == log
 
 
-def test_a_new_run_keeps_the_old_one(run, data, tmp_path):
-    """Starting again in the same folder moves the older run's files aside."""
-    out = tmp_path / 'out'
-    shutil.copytree(run, out)
-    main('train.py', *TINY, f'--dataset={data}', f'--out_dir={out}', '--max_iters=1')
-    for name in ('ckpt.pt', 'best.pt', 'log.jsonl'):
-        assert (out / 'earlier-1' / name).read_bytes() == (run / name).read_bytes()
-    assert read_checkpoint(out)['iter_num'] == 1
-
-
-def test_the_checkpoint_decides_sizes_and_dtype(run, data, tmp_path, monkeypatch, capsys):
-    """Resuming ignores the settings of the model's shape. dtype='auto' follows the real width.
-    Finetuning crops to a smaller block_size."""
-    monkeypatch.setattr(configurator, 'is_bfloat16_faster', lambda: True)
+def test_the_checkpoint_decides_sizes(run, data, tmp_path, capsys):
+    """Resuming ignores the settings of the model's shape. Finetuning crops to a smaller block_size."""
     shutil.copytree(run, tmp_path / 'resumed')
     args = [arg for arg in TINY if arg not in SHAPE]  # the defaults are those of GPT-2
     args.append(f'--dataset={data}')
     main('train.py', *args, f'--out_dir={tmp_path / "resumed"}', '--init_from=resume')
     output = capsys.readouterr().out
-    for line in ('sets n_embd=32\n', 'sets block_size=16\n', '27,296 parameters on cpu in float32'):
-        assert line in output
+    assert 'sets n_embd=32\n' in output and 'sets block_size=16\n' in output
     main('train.py', *args, f'--out_dir={tmp_path}', f'--init_from={run}', '--block_size=8',
          '--max_iters=0')
     checkpoint = read_checkpoint(tmp_path)
@@ -1524,29 +1260,9 @@ def test_a_stopped_run_resumes_exactly(optimizer, stop, start, data, tmp_path):
         assert '--init_from=resume' in output and process.returncode == 130
     step = read_checkpoint(out)['iter_num']
     assert 10 <= step < 60
-    with open(out / 'log.jsonl', 'a') as log:  # as a kill can leave it: later steps, half a line
-        log.write('{"iter": 59, "loss": 1.0}\n{"iter": 60, "lo')
     resumed = command('train.py', *args, '--init_from=resume')
     assert resumed.returncode == 0 and f'at step {step}' in resumed.stdout, resumed.stderr
     assert_same_run(out, never)
-
-
-def test_save_interval_counts_from_the_last_save(data, tmp_path, monkeypatch):
-    """Evaluations that save nothing do not delay it."""
-    minutes, saved = [0], []
-    clip = torch.nn.utils.clip_grad_norm_
-
-    def clip_for_a_minute(*args):
-        minutes[0] += 1
-        return clip(*args)
-    monkeypatch.setattr(time, 'time', lambda: 60.0 * minutes[0])
-    monkeypatch.setattr(torch.nn.utils, 'clip_grad_norm_', clip_for_a_minute)
-    monkeypatch.setattr(model, 'save_checkpoint', lambda checkpoint, path: saved.append(
-        (os.path.basename(path), checkpoint['iter_num'])))
-    main('train.py', *TINY, f'--dataset={data}', f'--out_dir={tmp_path}', '--max_iters=10',
-         '--eval_interval=1', '--learning_rate=0', '--min_lr=0',  # the loss never improves
-         '--always_save_checkpoint=False', '--save_interval=2.5')
-    assert saved == [('best.pt', 0)] + [('ckpt.pt', step) for step in (0, 3, 6, 9, 10)]
 
 
 def test_resume_uses_new_settings_and_never_saves_a_broken_model(run, data, tmp_path):
@@ -1554,117 +1270,64 @@ def test_resume_uses_new_settings_and_never_saves_a_broken_model(run, data, tmp_
     best.pt, and a model that is not finite replaces nothing."""
     out = tmp_path / 'out'
     shutil.copytree(run, out)
-    args = [*TINY, f'--dataset={data}', f'--out_dir={out}', '--init_from=resume',
-            '--weight_decay=0.7']
-    main('train.py', *args, '--max_iters=7')
-    newest, best = read_checkpoint(out), (out / 'best.pt').read_bytes()
-    groups = newest['optimizer']['adamw']['param_groups']
-    assert newest['iter_num'] == 7
-    assert [(g['weight_decay'], g['lr']) for g in groups] == [(0.7, 6e-5), (0.0, 6e-5)]
+    args = [*TINY, f'--dataset={data}', f'--out_dir={out}', '--init_from=resume']
+    optimizer, = main('train.py', *args, '--eval_only=True', '--weight_decay=0.7')['optimizers']
+    assert [group['weight_decay'] for group in optimizer.param_groups] == [0.7, 0.0]
+    assert all(state['step'] == 6 for state in optimizer.state.values())
+    best = (out / 'best.pt').read_bytes()
     main('train.py', *args, '--max_iters=9', '--learning_rate=1', '--decay_lr=False')
     assert read_checkpoint(out)['iter_num'] == 9 and (out / 'best.pt').read_bytes() == best
-    refuses('val loss is nan at step 12, nothing saved: resume .* a learning_rate below 1e[+]38',
+    refuses('val loss is nan at step 12: resume .* a learning_rate below 1e[+]38',
             main, 'train.py', *args, '--max_iters=12', '--learning_rate=1e38', '--decay_lr=False')
     assert read_checkpoint(out)['iter_num'] == 9
 
 
-def test_a_compiled_model_is_saved_under_its_own_names(data, tmp_path, monkeypatch):
-    """In float32, though it computes in bfloat16."""
-    monkeypatch.setattr(torch, 'compile', partial(torch.compile, backend='eager'))
-    main('train.py', *TINY, f'--dataset={data}', f'--out_dir={tmp_path}', '--dtype=bfloat16',
-         '--compile=True', '--max_iters=2')
-    weights = read_checkpoint(tmp_path)['model']
-    assert weights.keys() == tiny(bias=False).state_dict().keys()
-    assert weights['lm_head.weight'].dtype == torch.float32
+@pytest.mark.parametrize('device_type', ['cpu', 'cuda'])
+def test_a_compiled_model_is_saved_under_its_own_names(device_type, run, data, tmp_path, monkeypatch):
+    """Compiled block by block, as on a CPU, or whole, as on a GPU: the same losses, and no logits as an
+    output."""
+    compiled = []
+    monkeypatch.setattr(torch, 'compile', lambda function, **kwargs: compiled.append(function) or function)
+    monkeypatch.setattr(torch.compiler, 'is_compiling', lambda: True)
+    if device_type == 'cuda':
+        monkeypatch.setattr(GPT, 'compile_blocks', GPT.compile)
+    raw_model = main('train.py', *TINY, f'--dataset={data}', f'--out_dir={tmp_path}', '--compile=True',
+                     f'--device={DEVICES[0]}')['raw_model']
+    assert len(compiled) == (1 if device_type == 'cuda' else 3)
+    assert_close_losses(run, tmp_path, rel=1e-4)
+    assert read_checkpoint(tmp_path)['model'].keys() == tiny(bias=False).state_dict().keys()
+    idx = torch.zeros(1, 2, dtype=torch.long)
+    assert raw_model(idx, idx)[0] is None
 
 
-def test_where_compiling_fails_training_goes_on_or_says_how(data, monkeypatch, capfd):
-    """'auto' goes on without it. True is an error of one line."""
-    monkeypatch.setattr(torch, 'compile', partial(torch.compile, backend=lambda *args: 1 / 0))
-    monkeypatch.setattr(torch._dynamo.config, 'suppress_errors', False)
-    torch._dynamo.reset()
-    evaluate = [*TINY, f'--dataset={data}', '--eval_only=True']
-    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed) as error:
-        main('train.py', *evaluate, '--compile=True')
-    with pytest.raises(SystemExit):
-        sys.excepthook(type(error.value), error.value, None)
-    assert re.search('torch.compile failed .* or pass --compile=False', capfd.readouterr().err)
-    torch._dynamo.reset()
-    main('train.py', *evaluate, '--max_iters=1e9')  # long enough to compile
-    assert 'val loss' in capfd.readouterr().out
-    torch._dynamo.reset()
-
-
+@linux_only
 def test_a_run_moves_between_one_process_and_many(start, data, tmp_path):
-    """Two processes with FSDP, stopped by SIGTERM; then four with DDP, stopped too; then FSDP
-    with recomputed activations. Losses, norms and evaluations are those of one process."""
+    """Two processes with FSDP, stopped by SIGTERM; then four with DDP, one of which is killed, and which
+    restart; then FSDP with recomputed activations. Losses, norms and evaluations are those of one."""
     one, many = tmp_path / 'one', tmp_path / 'many'
     args = [*TINY, f'--dataset={data}', '--dropout=0.0', '--gradient_accumulation_steps=4',
-            '--max_iters=40', '--lr_decay_iters=40', '--optimizer=muon', '--eval_interval=10']
-    main('train.py', *args, f'--out_dir={one}')
+            '--lr_decay_iters=40', '--optimizer=muon', '--eval_interval=10']
+    main('train.py', *args, f'--out_dir={one}', '--max_iters=40')
     args += [f'--out_dir={many}', '--init_from=auto']
-    fsdp = '--parallel=fsdp'
-    for count, more, stop_at in ((2, [fsdp], 'iter 3'), (4, [], 'iter 20'),
-                                 (2, [fsdp, '--activation_checkpointing=True'], None)):
-        torchrun = '--standalone', f'--nproc_per_node={count}', '--max-restarts=1'
-        process = start('train.py', *args, *more, torchrun=torchrun)
-        if stop_at:
-            output = read_until(process, stop_at)
-            process.send_signal(signal.SIGTERM)
-            assert 'stopped by SIGTERM at step' in process.stdout.read()
-            process.wait(60)
-    output = process.stdout.read()
-    assert process.wait(60) == 0 and 'resuming' in output
-    assert 'warning: restarts may hang: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1' in output
-    assert_close_losses(one, many, rel=1e-2)  # Muon computes in bfloat16
-
-
-def workers(process):
-    """The ids of torchrun's workers."""
-    path = Path(f'/proc/{process.pid}/task/{process.pid}/children')
-    return [int(pid) for pid in path.read_text().split()]
-
-
-@linux_only
-def test_two_nodes_survive_a_killed_worker(start, data, tmp_path):
-    """Two nodes of torchrun with one worker each, one of which is killed: both restart from the
-    newest checkpoint."""
-    one, two = tmp_path / 'one', tmp_path / 'two'
-    args = [*TINY, f'--dataset={data}', '--dropout=0.0', '--max_iters=100', '--lr_decay_iters=100',
-            '--eval_interval=20', '--log_interval=5']
-    main('train.py', *args, f'--out_dir={one}')
-    with socket.create_server(('127.0.0.1', 0)) as server:
-        endpoint = f'127.0.0.1:{server.getsockname()[1]}'
-    torchrun = ('--nnodes=2', '--nproc_per_node=1', '--rdzv_backend=c10d', '--max_restarts=5',
-                f'--rdzv_endpoint={endpoint}', '--rdzv_id=a')
     env = dict(os.environ, TORCH_DISABLE_SHARE_RDZV_TCP_STORE='1')
-    args += [f'--out_dir={two}', '--init_from=auto']
-    nodes = [start('train.py', *args, torchrun=torchrun, env=env) for _ in range(2)]
-    log = two / 'log.jsonl'
-    deadline = time.time() + 100
-    while not log.exists() or '"iter": 25' not in log.read_text():
-        assert time.time() < deadline and all(node.poll() is None for node in nodes)
-        time.sleep(0.02)
-    os.kill(workers(nodes[0])[0], signal.SIGKILL)
-    output = ''.join(node.communicate(timeout=100)[0] for node in nodes)
-    assert [node.returncode for node in nodes] == [0, 0], output
-    assert f'resuming {two}/ckpt.pt at step' in output and 'restarts may hang' not in output
-    assert_close_losses(one, two, rel=1e-4)
 
-
-@linux_only
-def test_a_frozen_process_is_reported_by_the_others(start, data, tmp_path):
-    """They end after the timeout with one line, instead of waiting forever."""
-    args = [*TINY, f'--dataset={data}', f'--out_dir={tmp_path / "out"}', '--max_iters=100000',
-            '--timeout=0.1']
-    process = start('train.py', *args, torchrun=('--standalone', '--nproc_per_node=2'))
+    def run(count, *more):
+        torchrun = '--standalone', f'--nproc_per_node={count}', '--max-restarts=1'
+        return start('train.py', *args, *more, torchrun=torchrun, env=env)
+    process = run(2, '--max_iters=30', '--parallel=fsdp')
     read_until(process, 'iter 3')
-    frozen = workers(process)[1]
-    os.kill(frozen, signal.SIGSTOP)
-    assert 'Timed out' in read_until(process, 'error: rank 0 lost contact with another rank')
-    os.kill(frozen, signal.SIGKILL)
-    process.stdout.read()
-    assert process.wait(60) == 1
+    process.send_signal(signal.SIGTERM)
+    assert 'stopped by SIGTERM at step' in process.stdout.read()
+    process.wait(60)
+    process = run(4, '--max_iters=30')
+    read_until(process, 'iter 20')
+    children = Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text()
+    os.kill(int(children.split()[1]), signal.SIGKILL)
+    output = process.stdout.read()
+    assert process.wait(60) == 0 and f'resuming {many}/ckpt.pt at step 20' in output, output
+    process = run(2, '--max_iters=40', '--parallel=fsdp', '--activation_checkpointing=True')
+    assert 'changed setting: parallel' in process.stdout.read() and process.wait(60) == 0
+    assert_close_losses(one, many, rel=1e-2)  # Muon computes in bfloat16
 
 
 @linux_only
@@ -1701,17 +1364,15 @@ def test_a_signal_cuts_an_evaluation_short(data, tmp_path, monkeypatch):
 def test_a_folder_has_one_writer(data, tmp_path):
     """Another process is refused, until the writer ends or is killed."""
     hold = 'import sys, prepare\nlock = prepare.lock_folder(sys.argv[1])\nprint("locked")\ninput()'
-    refused = 'another process is writing to'
     writers = [partial(prepare.prepare, str(tmp_path), source=f'{data.parent}/input.txt', tokenizer='char'),
-               partial(main, 'train.py', *TINY, f'--dataset={data}', f'--out_dir={tmp_path}'),
-               partial(download, {str(tmp_path / 'x'): 'http://127.0.0.1:9/'})]
+               partial(main, 'train.py', *TINY, f'--dataset={data}', f'--out_dir={tmp_path}')]
     with subprocess.Popen([sys.executable, '-uc', hold, tmp_path], cwd=HERE, text=True,
                           stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         assert holder.stdout.readline() == 'locked\n'
         for write in writers:
-            refuses(refused, write)
+            refuses('another process is writing to', write)
         holder.kill()
-    for write in writers[:2]:
+    for write in writers:
         write()
 
 
@@ -1719,34 +1380,22 @@ def test_a_run_keeps_its_data(run, data, tmp_path, monkeypatch):
     """Preparing the dataset again during a run does not change what the run reads."""
     shutil.copytree(data, tmp_path / 'set')
     (tmp_path / 'other.txt').write_text(TEXT[::-1])
-    out = tmp_path / 'out'
     clip = torch.nn.utils.clip_grad_norm_
 
     def prepare_again(*args):
-        hold = [sys.executable, '-c', 'import sys, prepare; prepare.lock_folder(sys.argv[1])', out]
-        assert subprocess.run(hold, cwd=HERE, stderr=subprocess.PIPE).returncode  # the run has the lock
         prepare.prepare(str(tmp_path / 'set'), str(tmp_path / 'other.txt'), 'char')
         return clip(*args)
     monkeypatch.setattr(torch.nn.utils, 'clip_grad_norm_', prepare_again)
-    main('train.py', *TINY, f'--dataset={tmp_path / "set"}', f'--out_dir={out}')
-    assert losses(out) == losses(run)
-    # on another dataset the best model so far is no longer the best
-    monkeypatch.undo()
-    checkpoint = read_checkpoint(run) | dict(best_val_loss=0.1)
-    torch.save(checkpoint, out / 'ckpt.pt')
-    args = [*TINY, f'--out_dir={out}', '--init_from=resume', '--max_iters=6']
-    main('train.py', *args, f'--dataset={data}')
-    assert read_checkpoint(out)['best_val_loss'] == 0.1
-    main('train.py', *args, f'--dataset={tmp_path / "set"}')
-    assert read_checkpoint(out)['best_val_loss'] > 1
+    main('train.py', *TINY, f'--dataset={tmp_path / "set"}', f'--out_dir={tmp_path / "out"}')
+    assert losses(tmp_path / 'out') == losses(run)
 
 
-def test_an_interrupted_replacement_leaves_nothing_to_load(data, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_replacement_leaves_nothing_to_load(data, tmp_path, monkeypatch):
     """New tokens never lie beside an old tokenizer, wherever prepare.py is killed."""
     other, folder = tmp_path / 'other.txt', tmp_path / 'set'
     other.write_text(TEXT.swapcase())  # as many tokens
     replace = os.replace
-    for renames in range(3):
+    for renames in range(2):
         prepare.prepare(str(folder), f'{data.parent}/input.txt', 'char')
         left = iter(range(renames))
 
@@ -1758,11 +1407,10 @@ def test_an_interrupted_replacement_leaves_nothing_to_load(data, tmp_path, monke
             prepare.prepare(str(folder), str(other), 'char')
         monkeypatch.setattr(os, 'replace', replace)
         refuses('is not prepared', load_dataset, str(folder))
-    assert capsys.readouterr().out.count('which had another text or tokenizer') == 3
 
 
 @linux_only
-def test_a_full_disk_stops_nothing(start, data, tmp_path):
+def test_a_full_disk_keeps_the_last_checkpoint(start, data, tmp_path):
     """While files cannot exceed 20 kB, saving fails with a warning and leaves no half file. Once
     they can, the run saves. If the last save fails, the exit code is 2."""
     import resource
@@ -1770,75 +1418,42 @@ def test_a_full_disk_stops_nothing(start, data, tmp_path):
     newest = tmp_path / 'ckpt.pt'
     args = [*TINY, f'--dataset={data}', f'--out_dir={tmp_path}', '--max_iters=60']
     process = start('train.py', *args, preexec_fn=limit)
-    output = read_until(process, 'iter 20')
-    assert re.search(r'warning: cannot save .*ckpt.pt, [\d,.]+ MB free: .*continues', output)
+    assert re.search(r'warning: cannot save .*ckpt.pt: .*continues', read_until(process, 'iter 20'))
     assert {p.name for p in tmp_path.iterdir()} == {'log.jsonl', '.lock'}
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (-1, -1))
     assert 'best val loss' in process.stdout.read() and process.wait(60) == 0
     assert load_checkpoint(str(newest))['iter_num'] == 60
     before = newest.read_bytes()
     resumed = command('train.py', *args, '--init_from=resume', '--max_iters=61', preexec_fn=limit)
-    assert resumed.returncode == 2 and 'error: the last steps were not saved: ' in resumed.stderr
+    assert resumed.returncode == 2 and 'error: cannot save' in resumed.stderr
     assert newest.read_bytes() == before
 
 
 def test_a_flipped_bit_is_noticed(run, tmp_path):
-    """A flipped bit changes no weight: the file is refused, and other checkpoints are named."""
+    """Wherever it is in the weights: the file is refused."""
     content = (run / 'best.pt').read_bytes()
-    weights = read_checkpoint(run, 'best.pt')['model']
-    (tmp_path / 'best.pt').write_bytes(b'')
-    path = tmp_path / 'ckpt.pt'
-    # no checksum covers the bit that makes the last tensor's entry a folder
-    folder_bit = 8 * (content.rindex(b'archive/data/') - 8) + 4
-    refused = 0
-    for bit in (folder_bit, *np.random.default_rng(0).integers(8 * len(content), size=100)):
+    for bit in np.random.default_rng(0).integers(8 * 20_000, 8 * (len(content) - 20_000), size=40):
         flipped = bytearray(content)
         flipped[bit // 8] ^= 1 << bit % 8
-        path.write_bytes(flipped)
-        try:
-            loaded = load_checkpoint(str(path))['model']
-            assert all(torch.equal(loaded[name], w) for name, w in weights.items())
-        except UserError as error:
-            refused += 1
-            assert re.search('ckpt.pt is damaged .*other checkpoints here: .*best.pt', str(error))
-    assert refused > 75
+        (tmp_path / 'ckpt.pt').write_bytes(flipped)
+        refuses('ckpt.pt is damaged', load_checkpoint, str(tmp_path))
 
 
 def test_steps_without_a_finite_gradient_are_skipped(data, tmp_path, monkeypatch, capsys):
-    """A skipped step changes no weight. After max_skipped in a row the run ends unsaved."""
-    args = [*TINY, f'--dataset={data}', f'--out_dir={tmp_path}']
+    """A skipped step changes no weight."""
     clip = torch.nn.utils.clip_grad_norm_
-    weights, overflows = [], [2]  # weights before each step; steps whose gradient overflows
+    weights = []  # before each step
 
     def clip_with_overflow(parameters, max_norm):
         first, *others = parameters
-        if len(weights) in overflows:
+        if len(weights) == 2:
             first.grad[0] = math.inf
         weights.append(first.detach().clone())
         return clip([first, *others], max_norm)
     monkeypatch.setattr(torch.nn.utils, 'clip_grad_norm_', clip_with_overflow)
-    main('train.py', *args)
+    main('train.py', *TINY, f'--dataset={data}', f'--out_dir={tmp_path}')
     assert torch.equal(weights[2], weights[3]) and not torch.equal(weights[3], weights[4])
-    log = read_log(tmp_path)
-    assert [entry['iter'] for entry in log if 'skipped' in entry] == [2]
-    assert [entry['iter'] for entry in log if 'loss' in entry] == [0, 1, 3, 4, 5]
-    assert 'iter 2: skipped: gradient norm is inf, 1 in a row' in capsys.readouterr().out
-    before, overflows = (tmp_path / 'ckpt.pt').read_bytes(), range(1000)
-    refuses('2 consecutive gradients were not finite: .*learning_rate below', main, 'train.py',
-            *args, '--init_from=resume', '--max_iters=12', '--eval_interval=100', '--max_skipped=2')
-    assert (tmp_path / 'ckpt.pt').read_bytes() == before
-
-
-@linux_only
-def test_out_of_memory_suggests_a_smaller_batch(data, tmp_path):
-    """In one line, which keeps the global batch."""
-    import resource
-    limit = partial(resource.setrlimit, resource.RLIMIT_DATA, (4 << 30, 4 << 30))
-    refused = command('train.py', *TINY, f'--dataset={data}', f'--out_dir={tmp_path}',
-                      '--n_embd=512', '--batch_size=36000', '--compile=False', preexec_fn=limit)
-    assert refused.returncode == 2
-    assert re.fullmatch('error: out of memory .*: use --batch_size=18000 '
-                        '--gradient_accumulation_steps=4, .*\n', refused.stderr), refused.stderr
+    assert 'iter 2: skipped: gradient norm is inf\n' in capsys.readouterr().out
 
 
 # -----------------------------------------------------------------------------
@@ -1882,53 +1497,32 @@ def test_one_prompt_after_another(start, run):
 CHARACTERS = '\x03\n' + ''.join(map(chr, range(32, 127)))  # the end of text, and all of ASCII
 
 
-def test_each_text_ends_at_the_end_of_text(monkeypatch, capsys):
-    """The texts of a batch end at different times, and nothing is generated after the last."""
-    model = tiny()
-    tok = get_tokenizer(dict(type='char', chars='\x03abcdefghij'))
-    monkeypatch.setattr(sample, 'max_new_tokens', 200)
-    torch.manual_seed(0)
-    tokens = model.generate(torch.tensor([[1, 2]] * 4), 200, temperature=0.8, top_k=200, vocab_size=11)
-    rows = torch.stack(list(tokens), dim=1).tolist()
-    lengths = [row.index(tok.eot) for row in rows]
-    assert len(set(lengths)) == 4
-    torch.manual_seed(0)
-    sample.write_samples(model, tok, [1, 2], 'ab', 4)
-    output = capsys.readouterr()
-    texts = ['ab' + tok.decode_bytes(row[:n]).decode() + '\n' for row, n in zip(rows, lengths, strict=True)]
-    assert output.out == '---------------\n'.join(texts)
-    assert output.err.startswith(f'{4 * (max(lengths) + 1)} tokens in')
-
-
-def test_a_conversation_forgets_its_oldest_turns(monkeypatch):
+def test_a_conversation_forgets_its_oldest_turns(tmp_path, monkeypatch):
     """The model sees the system message and the newest turns that leave room for an answer, in the form
     of the training data. /reset makes it forget them all."""
-    model = tiny(vocab_size=len(CHARACTERS), block_size=100)
-    tok = get_tokenizer(dict(type='char', chars=CHARACTERS))
+    tok_spec = dict(type='char', chars=CHARACTERS)
+    tok = get_tokenizer(tok_spec)
+    checkpoint = checkpoint_of(tiny(vocab_size=len(CHARACTERS), block_size=100), tok_spec)
+    torch.save(checkpoint | dict(config={}, chat=CHAT_FORM), tmp_path / 'ckpt.pt')
     seen = []
 
-    def generate(idx, *settings):
+    def stream(self, idx, *settings):
         seen.append(tok.decode_bytes(idx[0].tolist()).decode())
         yield from torch.tensor([[i] for i in tok.encode('ok')] + [[tok.eot], [5]])
-    monkeypatch.setattr(model, 'generate', generate)
-    monkeypatch.setattr(sample, 'max_new_tokens', 20)
+    monkeypatch.setattr(GPT, 'stream', stream)
 
     def ask(prompt):
         if not lines:
             raise EOFError
         return lines.pop(0)
-    monkeypatch.setattr(sample, 'input', ask, raising=False)
-    turn = 'User: %s\nAssistant:\nok\x03'
-    question = 'long ' * 20 + '?'
-    for system in ('', 'Be kind and brief.\n'):
-        lines = [*'abcde', '/reset', ' f ', '', 'g', question]
-        sample.converse(model, tok, CHAT_FORM, system)
-        kept = ['a', 'ab', 'abc', 'bcd', 'cde', 'f', 'fg', [question]]
-        if system:
-            kept = ['a', 'ab', 'bc', 'cd', 'de', 'f', 'fg', [question]]
-        expected = [system + ''.join(turn % question for question in questions) for questions in kept]
-        assert seen == [conversation.removesuffix('ok\x03') for conversation in expected]
-        seen.clear()
+    monkeypatch.setattr('builtins.input', ask)
+    turn, question, system = 'User: %s\nAssistant:\nok\x03', 'long ' * 20 + '?', 'Be kind and brief.\n'
+    lines = [*'abcd', '/reset', ' f ', '', 'g', question]
+    main('sample.py', f'--out_dir={tmp_path}', f'--start={system}', '--interactive=True',
+         '--max_new_tokens=20', '--device=cpu')
+    expected = [system + ''.join(turn % question for question in questions)
+                for questions in ('a', 'ab', 'bc', 'cd', 'f', 'fg', [question])]
+    assert seen == [conversation.removesuffix('ok\x03') for conversation in expected]
 
 
 def question_pairs():
@@ -1947,50 +1541,28 @@ def question_pairs():
     return pairs
 
 
-@linux_only
 def test_it_learns_to_answer(tmp_path):
-    """A model trained on pairs answers new questions in a terminal. Each answer ends without --stop or
-    Ctrl-C, and the arrow keys recall earlier questions."""
-    import pty
-    import termios
+    """A model trained on pairs answers new questions. Each answer ends without --stop or Ctrl-C."""
     capitals = [pair for pair in question_pairs() if ' of ' in pair['prompt']]
     conversations(tmp_path, 'char', capitals)
     main('train.py', *TINY, f'--dataset={tmp_path}/qa', f'--out_dir={tmp_path}/out', '--block_size=64',
-         '--max_iters=200', '--lr_decay_iters=200', '--eval_interval=200', '--log_interval=200',
-         '--dropout=0.0', '--rope=True', '--qk_norm=True', '--relu2=True', '--optimizer=muon')
-    terminal, end = pty.openpty()
-    attributes = termios.tcgetattr(terminal)
-    attributes[3] &= ~termios.ECHO
-    termios.tcsetattr(terminal, termios.TCSANOW, attributes)
-    script = [sys.executable, HERE / 'sample.py', f'--out_dir={tmp_path}/out']
-    process = subprocess.Popen([*script, '--interactive=True', '--temperature=0'], stdin=end, stdout=end,
-                               stderr=subprocess.DEVNULL, env=os.environ | dict(TERM='dumb'))
-    os.close(end)
-    one, two = capitals[-2:]
-    up = '\x1b[A'  # the arrow key
-    os.write(terminal, f'{one["prompt"]}\n{two["prompt"]}\n/reset\n{up * 3}\n'.encode())
-    watchdog = threading.Timer(60, process.kill)
-    watchdog.start()
-    output = b''
-    while output.count(b'> ') < 5:
-        output += os.read(terminal, 1000)
-    os.write(terminal, b'\x04')  # Ctrl-D
-    assert process.wait(60) == 0
-    watchdog.cancel()
-    os.close(terminal)
-    first, second = one['completion'], two['completion']
-    assert output.decode().replace('\r', '') == f'> {first}\n> {second}\n> > {first}\n> '
+         '--max_iters=300', '--lr_decay_iters=300', '--eval_interval=300', '--log_interval=300',
+         '--dropout=0.0', '--rope=True', '--qk_norm=True', '--activation=relu2', '--optimizer=muon')
+    asked = ''.join(f'{pair["prompt"]}\n/reset\n' for pair in capitals[-20:])
+    answered = command('sample.py', f'--out_dir={tmp_path}/out', '--interactive=True', '--temperature=0',
+                       '--device=cpu', input=asked).stdout.splitlines()
+    assert len(answered) == 20
+    assert sum(a == pair['completion'] for a, pair in zip(answered, capitals[-20:], strict=True)) > 14
 
 
 def test_the_listed_parameters_add_up(capsys):
     """The parts sum up to the model. GPT-2 XL fits 80 columns."""
     main('model.py', '--n_layer=1', '--n_embd=96')
     output = capsys.readouterr().out
-    listed = re.findall(r'\)\s+([\d,]+)\s+[\d.,]+$', output, re.MULTILINE)
+    *listed, _ = map(int, re.findall(r'\)\s+(\d+)$', output.replace(',', ''), re.MULTILINE))  # lm_head: tied
     total = GPT(GPTConfig(n_layer=1, n_embd=96)).num_params()
-    assert sum(int(n.replace(',', '')) for n in listed) == total
-    assert f'parameters {total:,}; ' in output
-    main('model.py', '--init_from=gpt2-xl')
+    assert sum(listed) == total and f'{total:,} parameters' in output
+    main('model.py', '--n_layer=48', '--n_head=25', '--n_embd=1600')
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
 
 
@@ -2004,21 +1576,17 @@ def test_a_trace_shows_the_pass_that_it_traces(capsys):
     c_attn = gpt.transformer.h[1].attn.c_attn
     c_attn.weight.data *= 4  # sharper attention
     c_attn.register_forward_hook(lambda module, args, output: projections.append(output[0]))
-    logits = model.trace_text(gpt, tok, 'To be', layer=1, head=1)
-    idx = torch.tensor([tok.encode('To be').tolist()])
+    logits = model.trace_text(gpt, tok, 'To be' * 3, layer=1, head=1)
+    idx = torch.tensor([tok.encode('To be' * 3).tolist()])
     assert torch.equal(logits, gpt(idx)[0])
     lines = capsys.readouterr().out.splitlines()
     q, k, _ = projections[0].split(32, dim=-1)
-    weights = (q[-1, 16:] @ k[:, 16:].T / math.sqrt(16)).softmax(-1)
+    weights = (q[4, 16:] @ k[:5, 16:].T / math.sqrt(16)).softmax(-1)
     assert "   4 'e'        " + ''.join(f'{100 * weight:>4.0f}' for weight in weights) in lines
     loss = -logits[0, 3].log_softmax(-1)[idx[0, 4]]
     assert f"   3 'b'         'e'        {loss.neg().exp():>8.1%}{loss:>9.3f}" in lines
     assert f' {logits[0, -1].softmax(-1).max():.1%}  ' in lines[-1]
-    tok = get_tokenizer(dict(type='char', chars='abcdefgहे中'))
-    model.trace_text(gpt, tok, 'हे中' * 5, layer=0, head=0)  # a mark without its letter gets a circle
-    output = capsys.readouterr().out
-    assert max(map(model.columns, [*lines, *output.splitlines()])) <= 80
-    assert "13 '\u25cc\u0947' " in output and "14 '中'  " in output
+    assert max(map(len, lines)) <= 80
 
 
 def benched(capsys, *args):
@@ -2083,36 +1651,33 @@ BENCH_SHAPE = ['--n_layer=1', '--n_head=2', '--n_embd=32', '--block_size=16', '-
 
 
 def test_bench_measures(capsys):
-    """Rates agree with times, and flags change the model."""
+    """Rates agree with times, and settings change the model."""
     result = benched(capsys, *BENCH_SHAPE, '--task=train', '--batch_size=2', '--steps=2')
     assert result['tokens_per_second'] == pytest.approx(32 / result['step_ms'] * 1000)
     assert result['memory'] > 1e7
     generate = [*BENCH_SHAPE, '--task=generate', '--prompt=4', '--new_tokens=9']
-    plain, rope, int8 = (benched(capsys, *generate, f'--{flag}')
-                         for flag in ('dtype=float32', 'rope=True', 'quantize=int8'))
+    plain, rope = (benched(capsys, *generate, f'--rope={flag}') for flag in (False, True))
     assert plain['parameters'] - rope['parameters'] == 16 * 32  # the position embeddings
-    assert min(plain['decode_per_second'], plain['first_token_ms'], int8['first_token_ms']) > 0
-    result = benched(capsys, '--task=prepare', '--megabytes=1', '--repeats=1', '--tokenizer=char')
-    assert result['char'] > 0
+    assert min(plain['decode_per_second'], plain['first_token_ms']) > 0
 
 
 def test_curves(run, capsys, tmp_path):
-    """The points are those of log.jsonl, drawn in the terminal or, with matplotlib, as a picture."""
-    log = read_log(run)
-    for axis, key in (('steps', 'iter'), ('tokens', 'tokens')):
-        curves = bench.read_run(str(run), axis)
-        assert curves['train'] == [(e[key], e['loss']) for e in log if 'loss' in e]
-        assert curves['val'] == [(e[key], e['val_loss']) for e in log if 'val_loss' in e]
-    main('bench.py', '--task=curves', f'--runs=mine={run},{run}', '--axis=seconds')
+    """They are those of log.jsonl, in which the last entry of a step counts. Drawn in the terminal or,
+    with matplotlib, as a picture."""
+    out = shutil.copytree(run, tmp_path / 'out')
+    with open(out / 'log.jsonl', 'a') as file:  # as a killed and resumed run leaves it
+        file.write('{"iter": 3, "val_loss": 9.5, "tokens": 7}\n{"iter": 6, "lo')
+    read_run = main('bench.py', '--task=curves', f'--runs=mine={run}', '--axis=tokens')['read_run']
     *drawing, result = capsys.readouterr().out.splitlines()
-    result = json.loads(result)
-    assert result['mine'] == result[str(run)] == read_checkpoint(run)['best_val_loss']
     assert max(map(len, drawing)) <= 80
+    assert json.loads(result)['mine'] == read_checkpoint(run)['best_val_loss']
+    log, curves = read_log(run), read_run(str(out))
+    assert curves['train'] == [(e['tokens'], e['loss']) for e in log if 'loss' in e]
+    val = [(e['tokens'], e['val_loss']) for e in log if 'val_loss' in e]
+    assert curves['val'] == [val[0], (7, 9.5), val[2]]
     if importlib.util.find_spec('matplotlib'):
         main('bench.py', '--task=curves', f'--runs={run}', f'--plot={tmp_path}/x.png')
         assert (tmp_path / 'x.png').read_bytes().startswith(b'\x89PNG')
-    (tmp_path / 'log.jsonl').write_text('{"iter": 0, "val_loss": 2.0}\n')
-    refuses("has no 'seconds': use another axis", bench.read_run, str(tmp_path), 'seconds')
 
 
 def test_bench_against_a_rival(tmp_path, capsys):
@@ -2120,11 +1685,11 @@ def test_bench_against_a_rival(tmp_path, capsys):
     (tmp_path / 'model.py').write_text(f"""
 import sys
 sys.path.insert(0, {str(HERE)!r})
-from model import GPT as Ours, GPTConfig
+from model import GPT as Ours, GPTConfig, configure_optimizers
 class GPT(Ours):
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
         open({str(tmp_path / 'called')!r}, 'w').close()
-        return super().configure_optimizers('adamw', weight_decay, learning_rate, betas)['adamw']
+        return configure_optimizers(self, 'adamw', weight_decay, learning_rate, betas)[0]
 """)
     result = benched(capsys, *BENCH_SHAPE, '--batch_size=2', '--steps=2', f'--vs={tmp_path}')
     assert (tmp_path / 'called').exists()
@@ -2138,7 +1703,6 @@ class GPT(Ours):
 def bad(tmp_path_factory, data):
     """A folder of things that are wrong."""
     folder = tmp_path_factory.mktemp('bad')
-    (folder / 'file').write_text('')
     (folder / 'latin1.txt').write_bytes(b'\xe9' * 9)
     (folder / 'bad.jsonl').write_text('{"text": "fine"}\n{"content": "x"}\n')
     (folder / 'other.txt').write_text('abcdefgh' * 100)
@@ -2153,19 +1717,14 @@ def bad(tmp_path_factory, data):
     ('train.py', '--dataset={bad}/other --block_size=80', 'too few for a block_size of 80'),
     ('train.py', '--dataset={bad}/truncated', 'holds 1,234 bytes but meta.json says 54,000'),
     ('train.py', '--min_lr=1', 'min_lr=1.0 exceeds learning_rate=0.01'),
-    ('train.py', '--n_head=5', 'n_embd=32 is not divisible by n_head=5'),
+    ('train.py', '--activation=silu', "activation='silu' must be in"),
     ('train.py', '--init_from=resume', 'there is no checkpoint out/ckpt.pt: name a'),
     ('train.py', '--init_from={run} --dataset={bad}/other', 'have different tokenizers'),
-    ('train.py', '--init_from=resume --out_dir={run} --optimizer=muon', 'trained with adamw'),
+    ('train.py', '--init_from=resume --out_dir={run} --optimizer=muon', 'no state of optimizer=.muon'),
     ('prepare.py', '--source={bad}/other.txt', 'has its own source'),
-    ('prepare.py', '--dataset={tmp}/x --source={bad}/other.txt --shards=2', 'not come in shards'),
-    ('prepare.py', '--dataset={tmp}/x --source={bad}/file', 'is empty'),
     ('prepare.py', '--dataset={tmp}/x --source={bad}/latin1.txt --tokenizer=char', 'not UTF-8'),
-    ('prepare.py', '--dataset={tmp}/x --source={bad}/bad.jsonl --tokenizer=char', 'line 2: not JSON, or a'),
-    ('bench.py', '--vs={tmp}/none', 'no model.py in this folder'),
-    ('bench.py', '--task=hellaswag --init_from={run} --source={bad}/bad.jsonl', 'line 1: not an item'),
+    ('prepare.py', '--dataset={tmp}/x --source={bad}/bad.jsonl --tokenizer=char', 'line 2: KeyError'),
     ('bench.py', '--task=loss --init_from={run} --source={bad}/other.txt --stride=17', 'use at most 16'),
-    ('bench.py', '--task=loss --init_from={run} --source={bad}/file', 'nothing to predict'),
 ])
 def test_bad_input_is_one_line_and_harms_nothing(script, args, message, bad, run, data, tmp_path,
                                                  monkeypatch):
@@ -2176,7 +1735,8 @@ def test_bad_input_is_one_line_and_harms_nothing(script, args, message, bad, run
         args = [*TINY, f'--dataset={data}', *args]
     refuses(message, main, script, *args)
     assert before == {p.name: p.read_bytes() for p in run.iterdir()}
-    assert not [p for p in tmp_path.rglob('*') if p.is_file() and p.name != '.lock']
+    left = [p for p in tmp_path.rglob('*') if p.is_file() and p.name != '.lock' and p.parent.name != 'new']
+    assert not left
 
 
 # Runs commands one after another in one process, which saves the time to import torch.
@@ -2206,10 +1766,9 @@ def test_every_command_of_the_readme_runs(tmp_path):
     readme = readme.replace('finetune_qa.py', ' '.join(['finetune_qa.py', '--init_from=scratch', *SHAPE]))
     blocks = re.findall(r'```sh\n(.*?)```', readme, re.DOTALL)
     lines = [line for block in blocks for line in block.replace('\\\n', ' ').splitlines()]
-    excluded = ('pip |llama|torchrun|git |gpt2|nanoGPT|transformers|fineweb|openwebtext|--vs'
-                '|--task=prepare$')
+    excluded = 'pip |llama|torchrun|git |gpt2|nanoGPT|transformers|fineweb|openwebtext|--vs'
     cpu = ['--device=cpu']
-    short = {'train.py': [*cpu, '--max_iters=2', '--lr_decay_iters=2', '--eval_iters=1'],
+    short = {'train.py': [*cpu, '--max_iters=2', '--lr_decay_iters=2', '--eval_iters=9'],
              'bench.py': cpu, 'sample.py': [*cpu, '--max_new_tokens=3']}
     commands = []
     for line in lines:

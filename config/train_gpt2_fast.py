@@ -17,7 +17,8 @@ out_dir = 'out-gpt2-fast'
 dataset = 'fineweb'
 wandb_run_name = 'gpt2-124M-fast'
 
-rope = qk_norm = relu2 = True
+rope = qk_norm = True
+activation = 'relu2'
 n_head = 6                     # heads of 128 channels
 
 # Published: Muon's learning rate of 0.025, times sqrt(rows / columns) where that exceeds 1. Muon's

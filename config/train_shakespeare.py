@@ -31,7 +31,8 @@ else:
     batch_size = 8
     block_size = 128         # 4 sequences of 256 tokens take longer and learn less
     n_layer, n_head, n_embd = 3, 2, 128  # a 4th layer or more width learns less in the same time
-    rope = qk_norm = relu2 = True
+    rope = qk_norm = True
+    activation = 'relu2'
     optimizer = 'muon'
     learning_rate = 4e-3
     weight_decay = 0.4       # high, because the text is short
