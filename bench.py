@@ -74,8 +74,7 @@ HELLASWAG = 'https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hell
 
 settings = configure(globals())
 check(settings, "task in ('train', 'generate', 'hellaswag', 'loss', 'curves')", 'repeats > 0', 'steps > 0',
-      'prompt > 0', 'new_tokens > 1', 'stride >= 0', "optimizer in ('adamw', 'muon')",
-      "axis in ('steps', 'tokens', 'seconds')", "quantize in ('', 'int8')")
+      'new_tokens > 1', "optimizer in ('adamw', 'muon')", "axis in ('steps', 'tokens', 'seconds')")
 config = config_from_settings(settings)
 rank = int(os.environ.get('RANK', 0))
 world_size = int(os.environ.get('WORLD_SIZE', 1))
@@ -93,20 +92,10 @@ if rank > 0:
 # -- speed --------------------------------------------------------------------
 
 
-def rank_0_first(function, *args):
-    """Call a function that may download: rank 0 downloads, then the other ranks find the files."""
-    if rank > 0:
-        dist.barrier()
-    result = function(*args)
-    if rank == 0 and world_size > 1:
-        dist.barrier()
-    return result
-
-
 def load_model():
     """The model to measure, and its tokenizer's spec: None where the weights are random."""
     if init_from:
-        checkpoint = rank_0_first(load_checkpoint, init_from)
+        checkpoint = load_checkpoint(init_from)
         return GPT.from_checkpoint(checkpoint, dropout=config.dropout), checkpoint['tokenizer']
     if not rival:
         return GPT(config), None
@@ -213,7 +202,7 @@ def measure_generation():
             times.append(time.perf_counter())
         return times
 
-    write()  # compile outside the measurement
+    write()  # warm up
     rounds = [write() for _ in range(repeats)]
     if profile:
         print_profile(write)
@@ -228,21 +217,17 @@ def measure_generation():
 def compare():
     """Measure this code and the rival, interleaved, each time in a new process."""
     command = [sys.executable, __file__, *sys.argv[1:], '--vs=', '--repeats=1']
-    rivals = dict(ours='', theirs=vs)
-    results = dict(ours=[], theirs=[])
+    results = {'': [], vs: []}
     for _ in range(repeats):
-        for side in results:
-            child = subprocess.run([*command, f'--rival={rivals[side]}'], stdout=subprocess.PIPE, text=True)
-            if child.returncode:
-                raise UserError(f'vs={vs}: measuring {side} failed, for the reason above')
-            results[side].append(json.loads(child.stdout.splitlines()[-1]))
-    medians = dict(ours={}, theirs={})
+        for name in results:
+            output = subprocess.check_output([*command, f'--rival={name}'], text=True)
+            results[name].append(json.loads(output.splitlines()[-1]))
+    medians = {}
     for name in ('tokens_per_second', 'memory'):
-        if results['ours'][0].get(name):
-            for side in results:
-                medians[side][name] = statistics.median(result[name] for result in results[side])
-            ours, theirs = medians['ours'][name], medians['theirs'][name]
+        if results[vs][0].get(name):
+            ours, theirs = (statistics.median(result[name] for result in side) for side in results.values())
             print(f'{name}: ours {ours:,.1f}, theirs {theirs:,.1f}, ratio {ours / theirs:.2f}')
+            medians[name] = ours, theirs
     return medians
 
 
@@ -258,7 +243,7 @@ def load_for_evaluation():
     model.to(device, getattr(torch, model_dtype)).eval()
     if quantize:
         optimize_for_generation(model, int8=True)
-    return model, rank_0_first(get_tokenizer, spec), spec
+    return model, get_tokenizer(spec), spec
 
 
 @torch.no_grad()
@@ -266,7 +251,7 @@ def score_hellaswag():
     """Accuracy: the model chooses the ending with the lowest loss, summed over its tokens (acc) or
     averaged (acc_norm). Published acc_norm: gpt2 0.2945, medium 0.3752, large 0.4320, xl 0.4889."""
     model, tok, _ = load_for_evaluation()
-    path = rank_0_first(locate, source or HELLASWAG, os.path.join(DATA, task))[0]
+    path = locate(source or HELLASWAG, os.path.join(DATA, task))[0]
     with open(path, encoding='utf-8') as f:
         lines = list(f)
     correct = torch.zeros(2)
@@ -303,7 +288,7 @@ def read_ids(tok, spec):
             raise UserError(f'source={source} uses another tokenizer than the model: pass the text itself, '
                             f'or prepare it with --tokenizer={init_from}')
         return np.fromfile(source, meta['dtype'])
-    files = rank_0_first(locate, source, os.path.join(DATA, task))
+    files = locate(source, os.path.join(DATA, task))
     ids = np.concatenate([ids for ids, _ in encode_files(files, tok)])
     return ids[:-1] if ids[-1:] == tok.eot else ids  # do not score the end of the last document
 

@@ -46,8 +46,8 @@ def configure(namespace, argv=None):
 
     def override(name, value, source):
         if name not in settings:
-            nearest = _nearest(name.replace('-', '_'), settings)
-            hint = f'did you mean {nearest}?' if nearest else '--help lists them all'
+            nearest = difflib.get_close_matches(name, settings, 1, cutoff=0.5)
+            hint = f'did you mean {nearest[0]}?' if nearest else '--help lists them all'
             raise UserError(f'{source}: unknown setting {name!r}: {hint}')
         settings[name] = _convert(name, value, defaults[name], source)
 
@@ -65,16 +65,6 @@ def configure(namespace, argv=None):
             raise UserError(f'{arg}: write --{name}=VALUE, without spaces')
     namespace.update(settings)
     return settings
-
-
-def _nearest(name, settings):
-    """The setting that name abbreviates (lr, grad_accum) or misspells, or None."""
-    pattern = '[a-z]*_'.join(map(re.escape, name.split('_')))
-    for setting in settings:
-        initials = ''.join(word[:1] for word in setting.split('_'))
-        if name and (name == initials or re.match(pattern, setting)):
-            return setting
-    return next(iter(difflib.get_close_matches(name, settings, 1)), None)
 
 
 def _convert(name, value, default, source):

@@ -52,9 +52,7 @@ class GPTConfig:
               'dropout >= 0', 'dropout < 1', f'activation in {tuple(ACTIVATIONS)}')
         if self.n_embd % self.n_head:
             raise UserError(f'n_embd={self.n_embd} is not divisible by n_head={self.n_head}')
-        if self.rope and self.n_embd // self.n_head % 2:
-            raise UserError(f'rope needs an even head size, not {self.n_embd // self.n_head}: '
-                            'change n_embd or n_head')
+        assert not self.rope or self.n_embd // self.n_head % 2 == 0, 'rope needs an even head size'
 
 
 def config_from_settings(settings, **changes):
@@ -373,9 +371,9 @@ PEAK_TFLOPS = {
 def peak_flops(device, dtype):
     """The device's peak FLOPs per second, or None where unknown."""
     if device.startswith('cuda') and dtype != 'float32':
-        for name, tflops in PEAK_TFLOPS.items():
-            if re.search(rf'\b{name}\b', torch.cuda.get_device_name(device)):
-                return tflops * 1e12
+        card = torch.cuda.get_device_name(device)
+        matches = (tflops for name, tflops in PEAK_TFLOPS.items() if re.search(rf'\b{name}\b', card))
+        return 1e12 * next(matches, 0) or None
 
 
 # -----------------------------------------------------------------------------
@@ -543,18 +541,14 @@ def read_safetensors(path):
         yield name, tensor.view(entry['shape'])
 
 
-def find_pretrained(name):
-    """The file with OpenAI's weights, downloaded once to GPT_CACHE."""
-    cache = os.path.expanduser(os.environ.get('GPT_CACHE') or '~/.cache/gpt')
-    path = os.path.join(cache, name, 'model.safetensors')
-    url = f'{HUB}/openai-community/{name}/resolve/main/model.safetensors'
-    download(url, path, PRETRAINED[name])
-    return path
-
-
 def load_pretrained(source):
-    """Weights in Hugging Face's format as a checkpoint: in float32, with our names and layout."""
-    path = Path(find_pretrained(source) if source in PRETRAINED else source)
+    """Weights in Hugging Face's format as a checkpoint: in float32, with our names and layout.
+    OpenAI's are downloaded once, to GPT_CACHE."""
+    path = Path(source)
+    if source in PRETRAINED:
+        path = Path(os.environ.get('GPT_CACHE') or '~/.cache/gpt', source, 'model.safetensors').expanduser()
+        url = f'{HUB}/openai-community/{source}/resolve/main/model.safetensors'
+        download(url, str(path), PRETRAINED[source])
     files = sorted(path.glob('model*.safetensors')) or [path]  # large models have several
     if not files[0].is_file():
         raise UserError(f'{source} has no model.safetensors: name a folder that transformers or '
@@ -600,17 +594,16 @@ def from_nanogpt(checkpoint, path):
     if vocab_size not in (50257, 50304):
         tokenizer = nanogpt_tokenizer(ours) or nanogpt_tokenizer(path.parent / '../data' / dataset)
         if not tokenizer or len(tokenizer['chars']) != vocab_size:
-            raise UserError(f'{path} was trained by nanoGPT on the {vocab_size} characters of dataset '
-                            f"{dataset!r}, but no matching meta.pkl was found: copy the dataset's folder "
-                            f'to {ours}')
+            raise UserError(f'{path} was trained by nanoGPT on the {vocab_size} characters of {dataset!r}, '
+                            f'but no matching meta.pkl was found: copy the folder of that dataset to {ours}')
     weights = {name.removeprefix('_orig_mod.'): w for name, w in checkpoint['model'].items()
                if not name.endswith('.attn.bias')}  # the mask
     # its optimizer numbers the parameters: matrices, then vectors, without the tied head
     names = [name for name in weights if name != 'lm_head.weight']
     names.sort(key=lambda name: weights[name].dim() < 2)
-    numbered = checkpoint['optimizer']['state']
+    optimizer = {names[i]: state for i, state in checkpoint['optimizer']['state'].items()}
     return dict(model=weights, tokenizer=tokenizer, best_val_loss=float(checkpoint['best_val_loss']),
-                optimizer={names[i]: state for i, state in numbered.items()})
+                optimizer=optimizer)
 
 
 def save_checkpoint(checkpoint, path):
@@ -628,12 +621,9 @@ def save_checkpoint(checkpoint, path):
 
 
 def load_checkpoint(source):
-    """Load a checkpoint to the CPU: weights (model), model_args, tokenizer, config,
-    iter_num, best_val_loss, path, the form of conversations (chat), and for resuming the
-    optimizer's state.
-
-    The source is the folder of a run (its best.pt, else ckpt.pt), a file that train.py or nanoGPT
-    saved, or what from_pretrained takes. Loading it cannot run code."""
+    """Load a checkpoint to the CPU: the weights (model), model_args, tokenizer, and what train.py
+    needs to resume. The source is the folder of a run (its best.pt, else ckpt.pt), a file that
+    train.py or nanoGPT saved, or what from_pretrained takes. Loading it cannot run code."""
     has_config = os.path.exists(os.path.join(source, 'config.json'))
     if source in PRETRAINED or source.endswith('.safetensors') or has_config:
         return load_pretrained(source)
@@ -699,8 +689,7 @@ def to_huggingface(checkpoint, folder):
             architectures=['GPT2LMHeadModel'], dtype='float32', n_layer=config.n_layer,
             n_head=config.n_head, n_embd=config.n_embd, n_positions=config.block_size,
             n_ctx=config.block_size,  # which llama.cpp's converter reads
-            vocab_size=tok.n_vocab, resid_pdrop=config.dropout, embd_pdrop=config.dropout,
-            attn_pdrop=config.dropout),
+            vocab_size=tok.n_vocab),
         'meta.json': dict(tokenizer=checkpoint['tokenizer'], chat=checkpoint.get('chat')),
     }
     if isinstance(tok, BPETokenizer):
@@ -715,9 +704,9 @@ def to_huggingface(checkpoint, folder):
 def to_onnx(model, path):
     """Write the model as an ONNX graph from idx, of any batch size and length, to logits."""
     optional('onnxscript', 'export_onnx')
-    shapes = dict(idx={0: 'batch', 1: 'time'})
     torch.onnx.export(model, (torch.zeros(2, 2, dtype=torch.long),), path, input_names=['idx'],
-                      output_names=['logits'], dynamic_shapes=shapes, dynamo=True, verbose=False)
+                      output_names=['logits'], dynamic_shapes=dict(idx={0: 'batch', 1: 'time'}),
+                      dynamo=True, verbose=False)
     print(f'wrote {path} (large weights lie beside it): idx (batch, time) -> logits')
 
 
@@ -731,8 +720,9 @@ PURPOSES = dict(
 
 
 @torch.no_grad()
-def record_pass(model, idx):
-    """Run a forward pass: {name: (module, arguments, output)}, in order of completion."""
+def show_pass(model, idx, layer=0):
+    """Run a forward pass, and print every module outside the blocks and in one of them. Returns
+    {name: (module, arguments, output)}, in order of completion."""
     names = {module: name.removeprefix('transformer.') for name, module in model.named_modules()}
     records = {}
 
@@ -740,6 +730,13 @@ def record_pass(model, idx):
         records[names[module]] = module, args, output
     with nn.modules.module.register_module_forward_hook(record):
         model(idx)
+    print(f'{"module":<18}{"what it does":<22}{"output":<20}{"parameters":>12}{"std":>8}')
+    for name, (module, _, output) in records.items():
+        purpose = PURPOSES.get(name.split('.')[-1])
+        if purpose and (name.count('.') < 2 or name.startswith(f'h.{layer}.')):
+            count = sum(p.numel() for p in module.parameters(recurse=False))
+            std = '' if output.is_meta else f'{output.std():>8.3f}'
+            print(f'{name:<18}{purpose:<22}{str(tuple(output.shape)):<20}{count:>12,}{std}')
     return records
 
 
@@ -749,17 +746,10 @@ def trace_text(model, tok, text, layer, head):
     tokens, and what the model would predict after each block. Returns the logits."""
     ids = tok.encode(text, special=True).tolist()[-model.config.block_size:]
     T = len(ids)
-    records = record_pass(model, torch.tensor([ids]))
+    records = show_pass(model, torch.tensor([ids]), layer)
 
     def show(token):
         return repr(tok.decode_bytes([token]).decode('utf-8', 'replace'))[:11]
-
-    print(f'{"output of":<18}{"shape":<18}{"mean":>9}{"std":>9}    what it does')
-    for name, (_, _, output) in records.items():
-        purpose = PURPOSES.get(name.split('.')[-1])
-        if purpose and (name.count('.') < 2 or name.startswith(f'h.{layer}.')):
-            print(f'{name:<18}{str(tuple(output.shape)):<18}{output.mean():>9.3f}'
-                  f'{output.std():>9.3f}    {purpose}')
 
     attn, args, _ = records[f'h.{layer}.attn']
     q, k, _ = attn.queries_keys_values(*args[:2])
@@ -789,17 +779,11 @@ def trace_text(model, tok, text, layer, head):
 
 
 def print_layout(config, batch_size):
-    """Print every module with its purpose, output shape and parameters, then the FLOPs and the
-    memory that training takes. Tensors on the meta device have no data, so any size is instant."""
+    """Print every module, then the FLOPs and the memory that training takes. Tensors on the meta
+    device have no data, so any size is instant."""
     with torch.device('meta'):
         model = GPT(config)
-        records = record_pass(model, torch.zeros(batch_size, config.block_size, dtype=torch.long))
-    print(f'{"module":<18}{"what it does":<24}{"output":<22}{"parameters":>12}')
-    for name, (module, _, output) in records.items():
-        purpose = PURPOSES.get(name.split('.')[-1])
-        count = f'{sum(p.numel() for p in module.parameters(recurse=False)):,}'
-        if purpose and not re.match(r'h\.[1-9]', name):
-            print(f'{name:<18}{purpose:<24}{str(tuple(output.shape)):<22}{count:>12}')
+        show_pass(model, torch.zeros(batch_size, config.block_size, dtype=torch.long))
     n = model.num_params()
     tflops = model.flops_per_token() * batch_size * config.block_size / 1e12
     print('\nThe other blocks are like h.0; lm_head shares its weights with wte.\n'

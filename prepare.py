@@ -53,15 +53,11 @@ SHAKESPEARE = os.path.join(DATA, 'shakespeare', 'input.txt')
 HUB = os.environ.get('HF_ENDPOINT') or 'https://huggingface.co'
 OWT = HUB + '/datasets/Skylion007/openwebtext/resolve/main/plain_text/train-%05d-of-00080.parquet'
 FINEWEB = HUB + '/datasets/kjj0/fineweb10B-gpt2/resolve/main/fineweb_'
-EDU = HUB + '/datasets/kjj0/finewebedu10B-gpt2/resolve/main/finewebedu_'
 DATASETS = {  # shards: numbers that replace the % in source
     'shakespeare_char': dict(source=SHAKESPEARE, tokenizer='char'),
     'shakespeare': dict(source=SHAKESPEARE),
     'openwebtext': dict(source=OWT, shards=range(80), val_fraction=0.0005),
-    'fineweb': dict(source=FINEWEB + 'train_%06d.bin', shards=range(1, 104),
-                    val=FINEWEB + 'val_000000.bin'),
-    'fineweb_edu': dict(source=EDU + 'train_%06d.bin', shards=range(1, 100),
-                        val=EDU + 'val_000000.bin'),
+    'fineweb': dict(source=FINEWEB + 'train_%06d.bin', shards=range(1, 104), val=FINEWEB + 'val_000000.bin'),
 }
 
 # -----------------------------------------------------------------------------
@@ -154,11 +150,7 @@ def get_tokenizer(spec):
     if spec['type'] == 'char':
         return CharTokenizer(spec['chars'])
     if spec['type'] == 'gpt2':
-        try:
-            return BPETokenizer(tiktoken.get_encoding('gpt2'))
-        except OSError as error:
-            raise UserError("cannot download GPT-2's tokenizer: connect to the internet, or set "
-                            'TIKTOKEN_CACHE_DIR to a folder that has it') from error
+        return BPETokenizer(tiktoken.get_encoding('gpt2'))
     if spec['type'] == 'bpe':
         pieces = [bytes([byte]) for byte in range(256)]
         for left, right in spec['merges']:
@@ -170,21 +162,10 @@ def get_tokenizer(spec):
 
 
 def train_bpe(words, n_merges):
-    """Learn up to n_merges pairs of ids to merge from {word: count}. The definition:
-
-        ids = {word: list(word.encode()) for word in words}
-        for new_id in range(256, 256 + n_merges):
-            counts = Counter()
-            for word, n in words.items():
-                for pair in pairwise(ids[word]):
-                    counts[pair] += n
-            best = min(counts, key=lambda pair: (-counts[pair], pair))  # ties: the lowest ids
-            merges.append(best)
-            for word in words:
-                ids[word] = replace(ids[word], best, new_id)
-
-    Counting all pairs again is slow, so the code below updates only the counts that a merge changes.
-    It stops when no pair occurs twice, and skips a pair that spells an existing token."""
+    """Learn up to n_merges pairs of ids to merge from {word: count}: each time the most frequent pair
+    becomes a new id. (test_bpe_training_is_the_textbook_algorithm has the definition in ten lines.)
+    Counting all pairs again is slow, so this updates only the counts that a merge changes. It stops
+    when no pair occurs twice, and skips a pair that spells an existing token."""
     # one character per id, so that str.replace merges a pair
     sequences = [word.encode('utf-8', 'replace').decode('latin-1') for word in words]
     frequencies = list(words.values())
@@ -305,7 +286,7 @@ def read_file(stream, path):
 def read_record(record):
     """The pieces of a line of JSON: a text, or a conversation up to its last answer."""
     if 'messages' not in record and 'completion' not in record:
-        return [(record['text'], True, True)]
+        return [(record['text'] or '', True, True)]
     messages = record.get('messages') or [dict(role='user', content=record['prompt']),
                                           dict(role='assistant', content=record['completion'])]
     pieces = []
@@ -349,14 +330,14 @@ def locate(source, folder):
 # Downloading
 
 
-def lock_folder(folder):
+def lock_folder(folder, wait=False):
     """Lock a folder against other processes, until the returned file is closed or this process ends."""
     os.makedirs(folder, exist_ok=True)
     file = open(os.path.join(folder, '.lock'), 'a')
     if os.name == 'posix':
         import fcntl
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except (BlockingIOError, PermissionError):
             raise UserError(f'another process is writing to {folder}: wait for it, or use another '
                             'folder') from None
@@ -373,9 +354,11 @@ def download(url, path, sha256=None):
     name when its length is right, and its sha256 where we know it or Hugging Face sends it."""
     if os.path.exists(path):
         return
-    print(f'downloading {url}', file=sys.stderr)
     part = path + '.part'
-    with lock_folder(os.path.dirname(path)):
+    with lock_folder(os.path.dirname(path), wait=True):
+        if os.path.exists(path):  # another process has downloaded it
+            return
+        print(f'downloading {url}', file=sys.stderr)
         for pause in PAUSES:
             try:
                 sha256 = fetch(url, part) or sha256
@@ -399,8 +382,7 @@ def fetch(url, part):
     with requests.get(url, headers=headers, stream=True, timeout=(10, 60)) as reply:
         if not reply.url.startswith(('https://', 'http://127.0.0.1')):
             raise UserError(f'{reply.url} is not secure: use https')
-        is_page = reply.ok and 'text/html' in reply.headers.get('Content-Type', '')
-        if is_page or reply.status_code in (401, 403, 404):
+        if reply.status_code == 404 or reply.ok and 'text/html' in reply.headers.get('Content-Type', ''):
             raise UserError(f'{url} is not a file ({reply.status_code} {reply.reason}): check the address')
         if reply.status_code == 416:  # part is not a part of this file
             os.remove(part)
@@ -429,7 +411,6 @@ def prepare(dataset, source='', tokenizer='', vocab_size=4096, val_fraction=0.0,
         raise UserError(f'dataset={dataset!r} has its own source: use another name, --dataset=NAME')
     if not row and not source:
         raise UserError(f'unknown dataset={dataset!r}: choose {", ".join(DATASETS)} or add --source')
-    # settings left empty come from the table
     source = source or row['source']
     tokenizer = tokenizer or row.get('tokenizer', 'gpt2')
     val_fraction = val_fraction or row.get('val_fraction', 0.1)
@@ -466,14 +447,14 @@ def prepare(dataset, source='', tokenizer='', vocab_size=4096, val_fraction=0.0,
     meta = dict(tokenizer=spec, vocab_size=tok.n_vocab, dtype=dtype.name, train_tokens=n_train,
                 val_tokens=n_tokens - n_train, chat=CHAT_FORM if is_chat else None, source=source)
 
-    meta_path = os.path.join(folder, 'meta.json')
-    if os.path.exists(meta_path):
-        print(f'replacing the dataset in {folder}')
-        os.remove(meta_path)  # goes first and comes last, so that it never describes other files
-    for name in os.listdir(new):
-        os.replace(os.path.join(new, name), os.path.join(folder, name))
-    with open(meta_path, 'w', encoding='utf-8') as file:
+    names = os.listdir(new)
+    with open(os.path.join(new, 'meta.json'), 'w', encoding='utf-8') as file:
         json.dump(meta, file)
+    if os.path.exists(os.path.join(folder, 'meta.json')):  # it goes first and comes last
+        print(f'replacing the dataset in {folder}')
+        os.remove(os.path.join(folder, 'meta.json'))
+    for name in [*names, 'meta.json']:
+        os.replace(os.path.join(new, name), os.path.join(folder, name))
     os.rmdir(new)
     print(f'{folder}: {n_train:,} tokens for training, {n_tokens - n_train:,} for validation, '
           f'vocabulary {tok.n_vocab:,} ({spec["type"]}), {dtype.name}')
@@ -482,7 +463,7 @@ def prepare(dataset, source='', tokenizer='', vocab_size=4096, val_fraction=0.0,
 
 
 def make_spec(tokenizer, files, vocab_size):
-    """The spec of a tokenizer. char and bpe are made from the text in files."""
+    """The spec of a tokenizer: made from the text in files, or that of a dataset, run or checkpoint."""
     if tokenizer == 'char':
         seen = np.zeros(sys.maxunicode + 1, bool)
         for text, counts, _ in read(files, 'characters'):
@@ -498,25 +479,20 @@ def make_spec(tokenizer, files, vocab_size):
         for text, *_ in read(files, 'words'):
             words.update(regex.findall(SPLIT, text))
             n_chars += len(text)
-            if n_chars > 100e6:  # more text would cost memory and hardly change the merges
+            if n_chars > 100e6:  # enough to choose the merges
                 break
         return dict(type='bpe', split=SPLIT, merges=train_bpe(words, vocab_size - 257))
     if re.fullmatch('gpt2(-medium|-large|-xl)?', tokenizer):
         return dict(type='gpt2')
-    return find_spec(tokenizer)
-
-
-def find_spec(name):
-    """The spec in a dataset, a run or a checkpoint."""
-    for folder in (name, os.path.join(DATA, name)):
+    for folder in (tokenizer, os.path.join(DATA, tokenizer)):
         spec = read_json(os.path.join(folder, 'meta.json')).get('tokenizer') or nanogpt_tokenizer(folder)
         if spec:
             return spec
-    for path in (os.path.join(name, 'best.pt'), os.path.join(name, 'ckpt.pt'), name):
-        if os.path.isfile(path):
-            import torch  # only here, as it takes seconds
-            return torch.load(path, map_location='cpu', weights_only=True)['tokenizer']
-    raise UserError(f'tokenizer={name!r} is not char, bpe, gpt2, a dataset, a run or a checkpoint')
+    path = tokenizer if os.path.isfile(tokenizer) else os.path.join(tokenizer, 'ckpt.pt')
+    if os.path.isfile(path):
+        import torch  # only here, as it takes seconds
+        return torch.load(path, map_location='cpu', weights_only=True)['tokenizer']
+    raise UserError(f'tokenizer={tokenizer!r} is not char, bpe, gpt2, a dataset, a run or a checkpoint')
 
 
 def encode_files(files, tok):
@@ -568,15 +544,15 @@ def split_file(folder, suffix, n_bytes):
 
 def load_dataset(dataset):
     """Return meta and {'train': path, 'val': path} of a dataset that prepare.py or nanoGPT wrote. Checks the
-    sizes of the files, but not the ids: prepare does that."""
+    sizes of the files, but not the ids: prepare does that. The embedded text is prepared now if need be."""
     folder = os.path.join(DATA, dataset)
     bins = {split: os.path.join(folder, f'{split}.bin') for split in ('train', 'val')}
-    advice = f'run python prepare.py --dataset={dataset}'
-    if dataset not in DATASETS:
-        advice += ' --source=FILE_OR_FOLDER_OR_URL'
+    if DATASETS.get(dataset, {}).get('source') == SHAKESPEARE and not os.path.exists(bins['train']):
+        prepare(dataset)
+    source = '' if dataset in DATASETS else ' --source=FILE_OR_FOLDER_OR_URL'
+    advice = f'run python prepare.py --dataset={dataset}{source}'
     meta = read_json(os.path.join(folder, 'meta.json'))
-    interrupted = os.path.exists(os.path.join(folder, 'new'))
-    if not meta and not interrupted and all(map(os.path.exists, bins.values())):  # nanoGPT's
+    if not (meta or os.path.exists(os.path.join(folder, 'new'))) and os.path.exists(bins['val']):  # nanoGPT's
         spec = nanogpt_tokenizer(folder) or dict(type='gpt2')
         meta = dict(tokenizer=spec, vocab_size=len(spec['chars']) if 'chars' in spec else GPT2_VOCAB,
                     dtype='uint16')
@@ -594,13 +570,10 @@ def load_dataset(dataset):
 
 def read_json(path):
     """The object in a JSON file, or {} if the file does not exist."""
-    try:
-        with open(path, encoding='utf-8') as file:
-            return json.load(file)
-    except (FileNotFoundError, NotADirectoryError):
+    if not os.path.exists(path):
         return {}
-    except ValueError as error:
-        raise UserError(f'{path} is damaged ({error}): replace it') from None
+    with open(path, encoding='utf-8') as file:
+        return json.load(file)
 
 
 class PlainUnpickler(pickle.Unpickler):

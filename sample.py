@@ -71,13 +71,10 @@ class TextStream:
 
 def read_prompt():
     """The prompt itself, or what a file or stdin contains."""
-    if start != '-' and not start.startswith('FILE:'):
-        return start.replace('\\n', '\n')
-    try:
+    if start == '-' or start.startswith('FILE:'):
         with open(0 if start == '-' else start[5:], encoding='utf-8') as f:
             return f.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f'cannot read start={start} as UTF-8 text: {error}') from None
+    return start.replace('\\n', '\n')
 
 
 def write_samples(ids, prompt, num_samples):

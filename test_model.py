@@ -1144,8 +1144,7 @@ def test_values_take_the_type_of_their_default(arg, value):
     ('--itters=3', 'did you mean iters'), ('--qqqq=1', '--help lists them'),
     ('--__file__=x', 'unknown setting'), ('--flag=maybe', 'takes True or False'),
     ('--iters=1.5', 'takes a whole number'), ('--iters=1e999', 'takes a whole number'),
-    ('--rate=\n', 'takes a number'), ('--i=3', 'did you mean iters'),
-    ('--flags=1', 'did you mean flag'), ('--iters', 'write --iters=VALUE, without spaces'),
+    ('--rate=\n', 'takes a number'), ('--iters', 'write --iters=VALUE, without spaces'),
     ('iters=3', 'write a setting as --name=value'), ('none.py', "no override file 'none.py'"),
     ('README.md', "no override file 'README.md'")])
 def test_bad_arguments_are_refused(arg, message):
@@ -1693,7 +1692,7 @@ class GPT(Ours):
 """)
     result = benched(capsys, *BENCH_SHAPE, '--batch_size=2', '--steps=2', f'--vs={tmp_path}')
     assert (tmp_path / 'called').exists()
-    assert result['ours'].keys() == result['theirs'].keys() == {'tokens_per_second', 'memory'}
+    assert len(result['tokens_per_second']) == len(result['memory']) == 2
 
 
 # -----------------------------------------------------------------------------

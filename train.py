@@ -5,8 +5,6 @@ $ python train.py config/train_shakespeare.py                # from scratch
 $ python train.py config/train_shakespeare.py --init_from=resume
 $ python train.py config/finetune_shakespeare.py --init_from=gpt2
 $ torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
-$ torchrun --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --master_port=1234 \\
-      --nproc_per_node=8 train.py config/train_gpt2.py    # first of two nodes
 """
 import datetime
 import gc
@@ -14,7 +12,6 @@ import json
 import math
 import os
 import shlex
-import shutil
 import signal
 import sys
 import time
@@ -30,25 +27,13 @@ from torch.utils._pytree import tree_map
 from configurator import UserError, check, configure, keep_memory, optional, resolve_device, resolve_dtype
 from model import (
     GPT,
-    PRETRAINED,
     config_from_settings,
     configure_optimizers,
-    find_pretrained,
     load_checkpoint,
     peak_flops,
     save_checkpoint,
 )
-from prepare import (
-    DATA,
-    DATASETS,
-    SHAKESPEARE,
-    get_tokenizer,
-    load_dataset,
-    load_windows,
-    lock_folder,
-    prepare,
-    shuffled_windows,
-)
+from prepare import get_tokenizer, load_dataset, load_windows, lock_folder, shuffled_windows
 
 # input and output
 out_dir = 'out'           # folder for ckpt.pt, best.pt and log.jsonl
@@ -102,12 +87,10 @@ backend = 'nccl'          # torch.distributed backend for CUDA; CPUs use gloo
 timeout = 30.0            # minutes to wait for another process before giving up
 
 config = configure(globals())
-check(config, 'eval_interval > 0', 'eval_iters > 0', 'log_interval > 0', 'sample_interval >= 0',
-      'save_interval >= 0', 'batch_size > 0', 'gradient_accumulation_steps > 0',
-      "optimizer in ('adamw', 'muon')", 'learning_rate >= 0', 'max_iters >= 0', 'weight_decay >= 0',
-      'beta1 >= 0', 'beta1 < 1', 'beta2 >= 0', 'beta2 < 1', 'grad_clip >= 0',
-      "lr_schedule in ('cosine', 'linear')", 'min_lr >= 0', 'seed >= 0', 'seed < 2**63',
-      "compile in (True, False, 'auto')", "parallel in ('ddp', 'fsdp')", 'timeout > 0')
+check(config, 'eval_interval > 0', 'eval_iters > 0', 'log_interval > 0', 'batch_size > 0',
+      'gradient_accumulation_steps > 0', 'seed >= 0', "optimizer in ('adamw', 'muon')",
+      "lr_schedule in ('cosine', 'linear')", "parallel in ('ddp', 'fsdp')",
+      "compile in (True, False, 'auto')")
 if decay_lr and lr_schedule == 'cosine' and min_lr > learning_rate:
     raise UserError(f'min_lr={min_lr} exceeds learning_rate={learning_rate}: lower it')
 keep_memory()
@@ -121,21 +104,12 @@ fsdp = ddp and parallel == 'fsdp'
 device = resolve_device(device)
 device_type = device.partition(':')[0]
 sys.stdout.reconfigure(errors='replace')  # for terminals that lack a character
-terminal = sys.stdout.isatty()
 
 
-def print0(line, transient=False):
-    """Print on rank 0. In a terminal the next line overwrites a transient one."""
-    if rank > 0:
-        return
-    end = '\n'
-    if terminal:
-        line = '\x1b[K' + line  # clears the transient line
-        if transient:
-            line = line[:shutil.get_terminal_size().columns + 2]
-            end = '\r'
+def print0(line):
     try:
-        print(line, end=end, flush=True)
+        if rank == 0:
+            print(line, flush=True)
     except OSError:  # nobody reads it any more, or the disk is full: go on in silence
         sys.stdout = open(os.devnull, 'w')
 
@@ -157,11 +131,7 @@ ckpt_path = os.path.join(out_dir, 'ckpt.pt')
 if rank == 0:  # prepares, downloads and decides; the others wait
     if not eval_only:
         run_lock = lock_folder(out_dir)
-    embedded = DATASETS.get(dataset, {}).get('source') == SHAKESPEARE
-    if embedded and not os.path.exists(os.path.join(DATA, dataset, 'train.bin')):
-        prepare(dataset)
-    if init_from in PRETRAINED:
-        find_pretrained(init_from)
+    load_dataset(dataset)
     if init_from == 'auto':
         init_from = 'resume' if os.path.exists(ckpt_path) else 'scratch'
 if ddp:
@@ -206,9 +176,6 @@ dtype = resolve_dtype(dtype, device)
 if dtype == 'float16' and (optimizer == 'muon' or fsdp):
     raise UserError("dtype='float16' works only with optimizer='adamw' and parallel='ddp': "
                     'use those, or --dtype=float32')
-if device_type == 'mps' and activation_checkpointing and dropout:
-    raise UserError('activation_checkpointing on mps would recompute with a different '
-                    'dropout mask: use dropout=0')
 autocast = torch.autocast(device_type, getattr(torch, dtype), enabled=dtype != 'float32')
 tokens_per_step = gradient_accumulation_steps * batch_size * block_size
 flops_per_step = raw_model.flops_per_token() * tokens_per_step
@@ -251,8 +218,7 @@ elapsed = 0.0  # seconds of training before this process started
 wandb_id = None
 if resume:  # with the data and dropout of each step, this makes a resumed run exact
     iter_num = checkpoint['iter_num']
-    same_data = os.path.join(DATA, checkpoint['config'].get('dataset', ''))
-    if os.path.realpath(same_data) == os.path.realpath(os.path.join(DATA, dataset)):
+    if checkpoint['config'].get('dataset') == dataset:
         best_val_loss = checkpoint['best_val_loss']
     elapsed = checkpoint.get('elapsed', 0.0)
     wandb_id = checkpoint.get('wandb_id')
@@ -546,7 +512,7 @@ while True:
         eta = datetime.timedelta(seconds=round(seconds * (max_iters - iter_num - 1)))
         mfu = f', mfu {flops_per_step / seconds / (peak * world_size):.1%}' if peak else ''
         print0(f'iter {iter_num}: loss {step_loss:.4f}, eta {eta}, {seconds * 1000:.1f}ms, '
-               f'{tokens_per_second:,.0f} tok/s{mfu}, lr {lr:.1e}, norm {norm:.2f}', transient=True)
+               f'{tokens_per_second:,.0f} tok/s{mfu}, lr {lr:.1e}, norm {norm:.2f}')
         log(loss=step_loss.item(), lr=lr, grad_norm=norm, time_ms=seconds * 1000,
             tokens_per_second=tokens_per_second, tokens=(iter_num + 1) * tokens_per_step)
     iter_num += 1
