@@ -11,7 +11,6 @@ import dataclasses
 import gzip
 import hashlib
 import http.server
-import importlib.util
 import json
 import math
 import os
@@ -35,47 +34,20 @@ import torch
 
 import model
 import prepare
-from configurator import UserError, configure, resolve_device, resolve_dtype
-from model import (
-    GPT,
-    CausalSelfAttention,
-    GPTConfig,
-    Int8Linear,
-    Muon,
-    PackedLinear,
-    configure_optimizers,
-    load_checkpoint,
-    optimize_for_generation,
-    rotate,
-    sample_token,
-)
-from prepare import (
-    CHAT_FORM,
-    SPLIT,
-    download,
-    get_tokenizer,
-    load_dataset,
-    load_windows,
-    shuffled_windows,
-    train_bpe,
-)
+from configurator import UserError, configure
+from model import GPT, CausalSelfAttention, GPTConfig, configure_optimizers, load_checkpoint, sample_token
+from prepare import CHAT_FORM, get_tokenizer, load_dataset
 
 HERE = Path(__file__).parent
 os.environ['OMP_NUM_THREADS'] = '1'  # faster for tiny models, and all processes round alike
 torch.set_num_threads(1)
 TEXT = (HERE / 'data' / 'shakespeare' / 'input.txt').read_text()[:60_000]
-DEVICES = ['cpu']
-if torch.cuda.is_available():
-    DEVICES.append('cuda')
-if torch.backends.mps.is_available():
-    DEVICES.append('mps')
+DEVICES = ['cpu'] + ['cuda'] * torch.cuda.is_available() + ['mps'] * torch.backends.mps.is_available()
 FLAGS = [{}, dict(bias=False), dict(rope=True), dict(qk_norm=True), dict(activation='relu2'),
          dict(bias=False, rope=True, qk_norm=True, activation='relu2')]
 ODD_TEXTS = ['', ' ', '\n\n\n', 'plain', "it's   we'll\t\r\n  x", '0123456789 3.14', 'a' * 300,
              ' ' * 300 + 'x', '<|endoftext|>', 'x\x00y\ufeffz', 'e\u0301\u0301',
-             'नेपाली भाषा राम्रो छ',
-             '中文，没有空格。',
-             'naïve café — “quotes”', '🙂👩‍👩‍👧‍👦 emoji']
+             'नेपाली भाषा राम्रो छ', '中文，没有空格。', 'naïve café — “quotes”', '🙂👩‍👩‍👧‍👦 emoji']
 SHAPE = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=16']
 TINY = SHAPE + '''
     --device=cpu --batch_size=4 --gradient_accumulation_steps=2 --dropout=0.1
@@ -235,15 +207,15 @@ def test_without_positions_the_past_has_no_order():
 def test_rope_is_a_rotation_of_complex_numbers():
     """Pair i of a head turns by position * 10000^(-i / pairs). Scores depend on distance alone."""
     rotations = []
-    model = tiny(rope=True)
-    model.transformer.h[0].attn.register_forward_hook(
+    gpt = tiny(rope=True)
+    gpt.transformer.h[0].attn.register_forward_hook(
         lambda module, args, output: rotations.append(args[1]))
-    model(torch.zeros(1, 12, dtype=torch.long))
+    gpt(torch.zeros(1, 12, dtype=torch.long))
     x = torch.randn(1, 2, 12, 16)
     angle = torch.arange(12)[:, None] * 10000 ** (-torch.arange(8) / 8)
     z = torch.complex(x[..., :8], x[..., 8:]) * torch.polar(torch.ones(12, 8), angle)
-    torch.testing.assert_close(rotate(x, rotations[0]), torch.cat((z.real, z.imag), dim=-1))
-    q, k = (rotate(torch.randn(16).expand(12, 16), rotations[0]) for _ in range(2))
+    torch.testing.assert_close(model.rotate(x, rotations[0]), torch.cat((z.real, z.imag), dim=-1))
+    q, k = (model.rotate(torch.randn(16).expand(12, 16), rotations[0]) for _ in range(2))
     torch.testing.assert_close(q[3] @ k[1], q[11] @ k[9], rtol=1e-4, atol=1e-4)
 
 
@@ -421,7 +393,7 @@ def test_decay_is_for_matrices(kind):
                 is_matrix = not re.search('ln_|bias', names[id(p)])
                 assert group['weight_decay'] == (0.1 if is_matrix else 0)
                 for_muon = kind == 'muon' and is_matrix and '.h.' in names[id(p)]
-                assert isinstance(optimizer, Muon) == for_muon
+                assert (type(optimizer).__name__ == 'Muon') == for_muon
     assert sorted(optimized) == sorted(names)
 
 
@@ -521,33 +493,14 @@ def test_cached_generation_equals_recomputing(flags, device):
         assert torch.equal(model.generate(prompt, 40, **kwargs), expected), kwargs
 
 
-@pytest.mark.parametrize('flags', [FLAGS[0], FLAGS[-1]], ids=str)
-@torch.no_grad()
-def test_faster_models_generate_the_same(flags):
-    """With packed weights, the tokens are those that recomputing gives. With 8-bit weights, a token
-    scores about as high as the best."""
-    idx = torch.randint(11, (2, 5))
-    packed, int8 = tiny(**flags), tiny(**flags)
-    optimize_for_generation(packed)
-    expected = slow_generate(tiny(**flags), idx, 40, temperature=0)
-    assert torch.equal(packed.generate(idx, 40, temperature=0), expected)
-    if not has_vnni:
-        return refuses('needs a CPU with VNNI', optimize_for_generation, int8, int8=True)
-    optimize_for_generation(int8, int8=True)
-    ids = int8.generate(idx, 11, temperature=0)
-    logits = tiny(**flags)(ids)[0][:, 4:-1]
-    chosen = logits.gather(2, ids[:, 5:, None])[:, :, 0]
-    assert (logits.amax(dim=2) - chosen).max() < 0.1 * logits.std()
-
-
 @pytest.mark.parametrize('dtype', (torch.float32, torch.bfloat16))
 @torch.no_grad()
 def test_fast_linear_layers_compute_a_linear_layer(dtype):
-    """W x + b for any number of rows, of any size."""
+    """W x + b for any number of rows, of any size. A model with them gives the same logits."""
     linear = torch.nn.Linear(48, 20).to(dtype)
-    layers = [(Int8Linear(linear), 0.02)] if has_vnni else []
+    layers = [(model.Int8Linear(linear), 0.02)] if has_vnni else []
     if dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        layers.append((PackedLinear(linear), 1e-5))
+        layers.append((model.PackedLinear(linear), 1e-5))
     for layer, atol in layers:
         atol = max(atol, 0.01 * (dtype == torch.bfloat16))
         for shape in ((1, 48), (1, 1, 48), (3, 1, 48), (4, 48), (2, 5, 48)):
@@ -556,6 +509,11 @@ def test_fast_linear_layers_compute_a_linear_layer(dtype):
             expected = x.double() @ linear.weight.double().t() * size + linear.bias.double()
             error = (layer(x * size.to(dtype)) - expected).abs()
             assert (error < atol * (size + 1)).all(), layer
+    packed, idx = tiny(), torch.randint(11, (2, 5))
+    model.optimize_for_generation(packed)
+    torch.testing.assert_close(packed(idx)[0], tiny()(idx)[0])
+    if not has_vnni:
+        refuses('needs a CPU with VNNI', model.optimize_for_generation, packed, int8=True)
 
 
 def test_sampling_follows_the_probabilities():
@@ -574,7 +532,7 @@ def test_sampling_follows_the_probabilities():
 
 def test_streamed_text_is_whole_characters_up_to_stop(run):
     """A token can end in the middle of a character or of the stop string: neither is shown."""
-    TextStream = main('sample.py', f'--out_dir={run}', '--max_new_tokens=0', '--device=cpu')['TextStream']
+    TextStream = main('sample.py', f'--out_dir={run}', '--max_new_tokens=0')['TextStream']
 
     def stream_text(data, stop, size):
         stream = TextStream(stop)
@@ -583,8 +541,8 @@ def test_streamed_text_is_whole_characters_up_to_stop(run):
         return ''.join(parts) + stream.feed(b'', final=True)
     for size in (1, 2, 3, 7):
         assert stream_text('a🙂é中'.encode(), '', size) == 'a🙂é中'
-        assert stream_text(b'one ENEND two END three', 'END', size) == 'one EN'
-        assert stream_text(b'one EN', 'END', size) == 'one EN'
+        for text in (b'one ENEND two END three', b'one EN'):
+            assert stream_text(text, 'END', size) == 'one EN'
     assert stream_text('🙂'.encode()[:2], '', 1) == '\ufffd'  # half a character, at the end
 
 
@@ -594,8 +552,8 @@ def test_streamed_text_is_whole_characters_up_to_stop(run):
 @pytest.fixture(scope='session')
 def bpe_spec():
     import regex
-    words = Counter(regex.findall(SPLIT, TEXT + ''.join(ODD_TEXTS)))
-    return dict(type='bpe', split=SPLIT, merges=[list(pair) for pair in train_bpe(words, 400)])
+    words = Counter(regex.findall(prepare.SPLIT, TEXT + ''.join(ODD_TEXTS)))
+    return dict(type='bpe', split=prepare.SPLIT, merges=list(map(list, prepare.train_bpe(words, 400))))
 
 
 def test_text_survives_encoding_and_decoding(bpe_spec, gpt2_files):
@@ -608,7 +566,6 @@ def test_text_survives_encoding_and_decoding(bpe_spec, gpt2_files):
         tok = get_tokenizer(spec)
         for text in texts:
             ids = tok.encode(text).tolist()
-            assert max(ids, default=0) < tok.n_vocab
             assert tok.decode_bytes(ids) == text.encode('utf-8', 'replace')
             assert b''.join(tok.decode_bytes([i]) for i in ids) == tok.decode_bytes(ids)
         assert tok.encode('<|endoftext|>', special=True).tolist() == [tok.eot]
@@ -629,16 +586,8 @@ def test_bpe_training_is_the_textbook_algorithm():
         left, right = min(counts, key=lambda pair: (-counts[pair], pair))
         expected.append((ord(left), ord(right)))
         sequences = {ids.replace(left + right, chr(new_id)): n for ids, n in sequences.items()}
-    assert train_bpe(words, 100) == expected
-    assert train_bpe(Counter(reversed(list(words.elements()))), 100) == expected
-
-
-def test_endless_words_are_cut():
-    """Training BPE on text without spaces would take hours."""
-    import regex
-    for text in ('ACGT' * 1000, '天地玄黄' * 1000, 'e\u0301' * 1000, '=-' * 1000):
-        words = regex.findall(SPLIT, text)
-        assert ''.join(words) == text and max(map(len, words)) == 32
+    assert prepare.train_bpe(words, 100) == expected
+    assert prepare.train_bpe(Counter(reversed(list(words.elements()))), 100) == expected
 
 
 def stored(folder):
@@ -663,13 +612,11 @@ def test_all_kinds_of_sources_give_the_same_bins(tmp_path):
         (train, val), meta = stored(tmp_path / 'set')
         tok = get_tokenizer(meta['tokenizer'])
         assert tok.decode_bytes(train + val).decode() == ''.join(doc + '<|endoftext|>' for doc in docs)
-        assert (train + val).count(tok.eot) == 33
-        assert len(val) == round(0.1 * len(train + val)) and not meta['chat']
+        assert (train + val).count(tok.eot) == 33 and len(val) == round(0.1 * len(train + val))
 
 
-def test_a_tokenizer_outlives_its_dataset(run, data, tmp_path, monkeypatch, capsys):
-    """--tokenizer takes a run, a checkpoint, a dataset's name or folder, also nanoGPT's. prepare.py says
-    what to do next."""
+def test_a_tokenizer_outlives_its_dataset(run, data, tmp_path, monkeypatch):
+    """--tokenizer takes a run, a checkpoint, a dataset's name or folder, also nanoGPT's."""
     monkeypatch.setattr(prepare, 'DATA', str(data.parent))
     expected = json.loads((data / 'meta.json').read_text())['tokenizer']
     itos = dict(enumerate(expected['chars']))
@@ -677,8 +624,6 @@ def test_a_tokenizer_outlives_its_dataset(run, data, tmp_path, monkeypatch, caps
     for name in (run, run / 'ckpt.pt', 'set', data, tmp_path):
         assert prepare.make_spec(str(name), [], 0) == expected
     refuses('is not char, bpe, gpt2, a dataset', prepare.make_spec, 'nothing', [], 0)
-    main('prepare.py', f'--dataset={tmp_path}/set', f'--source={data.parent}/input.txt', '--tokenizer=char')
-    assert f'train.py config/train_shakespeare.py --dataset={tmp_path}/set' in capsys.readouterr().out
 
 
 def test_bins_and_windows_hold_the_text(tmp_path, data):
@@ -687,7 +632,7 @@ def test_bins_and_windows_hold_the_text(tmp_path, data):
     (train, val), meta = stored(data)
     assert get_tokenizer(meta['tokenizer']).decode_bytes(train + val).decode() == TEXT
     assert len(val) == round(0.1 * len(TEXT))
-    x, y = load_windows(data / 'train.bin', meta['dtype'], np.array([0, 100]), 8)
+    x, y = prepare.load_windows(data / 'train.bin', meta['dtype'], np.array([0, 100]), 8)
     assert x.tolist() == [train[0:8], train[100:108]]
     assert y.tolist() == [train[1:9], train[101:109]]
     many, text = str(tmp_path / 'many'), tmp_path / 'many.txt'
@@ -740,7 +685,7 @@ def test_answers_and_their_ends_count(kind, gpt2_files, tmp_path):
         ids = tok.encode(text).tolist() + [tok.eot] * counts
         expected += [(i, counts) for i in ids]
     assert list(zip(train + val, mask + val_mask, strict=True)) == expected
-    x, y = load_windows(tmp_path / 'qa' / 'train.bin', stored(tmp_path / 'qa')[1]['dtype'],
+    x, y = prepare.load_windows(tmp_path / 'qa' / 'train.bin', stored(tmp_path / 'qa')[1]['dtype'],
                         np.array([0, 50]), 30, tmp_path / 'qa' / 'train.mask')
     assert x.tolist() == [train[0:30], train[50:80]]
     targets = [i if counts else -1 for i, counts in zip(train, mask, strict=True)]
@@ -773,17 +718,16 @@ def test_every_answered_token_counts_the_same(start, tmp_path):
             logits = model(torch.tensor([ids[start:start + 16]]))[0][0].log_softmax(1)
             losses += [-logits[t, ids[start + 1 + t]] for t in range(16) if mask[start + 1 + t]]
         return torch.stack(losses).mean()
-    starts = shuffled_windows(len(train) - 16, 16, 1337, 0, 8)
+    starts = prepare.shuffled_windows(len(train) - 16, 16, 1337, 0, 8)
     assert any(sum(mask[start + 1:start + 17]) == 0 for start in starts)
     loss = slow_loss(train, mask, starts)
     loss.backward()
-    norm = math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters()))
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
     n_windows = math.ceil((len(val) - 16) / 16)
     val_loss = slow_loss(val, val_mask, np.linspace(0, len(val) - 17, n_windows).astype(int))
     evaluated, first = read_log(tmp_path / 'one')[:2]
-    assert evaluated['val_loss'] == pytest.approx(val_loss.item(), rel=1e-4)
-    assert first['loss'] == pytest.approx(loss.item(), rel=1e-4)
-    assert first['grad_norm'] == pytest.approx(norm, rel=1e-4)
+    logged = evaluated['val_loss'], first['loss'], first['grad_norm']
+    assert logged == pytest.approx((val_loss.item(), loss.item(), norm.item()), rel=1e-4)
     assert process.wait(60) == 0, process.stdout.read()
     assert_close_losses(tmp_path / 'one', tmp_path / 'two', rel=1e-4)
 
@@ -798,17 +742,16 @@ class Server(http.server.BaseHTTPRequestHandler):
         self.asked[name] += 1
         fault = os.path.basename(name).partition('-')[0]
         body = self.files.get(name)
-        if body is None or fault == 'busy' and self.asked[name] == 1:
-            return self.send_error(404 if body is None else 500)
+        if body is None:
+            return self.send_error(404)
         code, start, end = 200, int(self.headers['Range'][6:-1]), len(body)
-        headers = {'page': {'Content-Type': 'text/html; charset=utf-8'}}.get(fault, {})
         if start > len(body):
             return self.send_error(416)
         if fault == 'norange':
             start = 0
         elif start:
             code = 206
-        headers['Content-Length'] = end - start
+        headers = {'Content-Length': end - start, 'Content-Type': 'text/html' if fault == 'page' else 'x/y'}
         if fault in ('cut', 'norange') and self.asked[name] == 1:
             end = len(body) // 3  # the connection breaks there
         if fault == 'moved' and not name.startswith('new/'):  # as Hugging Face does, with the sha256
@@ -840,7 +783,7 @@ def test_downloads_are_complete_or_refused(server, tmp_path):
     """An interrupted download resumes, also in a later run. A wrong file, an error page and half a file
     never get the file's name."""
     body = bytes(range(256)) * 4000
-    good = {'fine': 1, 'cut': 2, 'norange': 2, 'busy': 2, 'moved-1': 1}  # how many requests each takes
+    good = {'fine': 1, 'cut': 2, 'norange': 2, 'moved-1': 1}  # how many requests each takes
     bad = {'missing': '404', 'page': 'is not a file',
            'moved-2': f'the sha256 is .*, not {hashlib.sha256(body).hexdigest()}'}
     for name in (*good, *bad, 'fine-half', 'fine-long', 'new/moved-1'):
@@ -848,16 +791,16 @@ def test_downloads_are_complete_or_refused(server, tmp_path):
     Server.files['new/moved-2'] = body[:-1]
     del Server.files['missing']
     for name, times in good.items():
-        download(f'{server}/{name}', str(tmp_path / name))
+        prepare.download(f'{server}/{name}', str(tmp_path / name))
         assert (tmp_path / name).read_bytes() == body and Server.asked[name] == times, name
     for name, part in (('fine-half', body[:1000]), ('fine-long', body + b'x')):
         (tmp_path / f'{name}.part').write_bytes(part)
-        download(f'{server}/{name}', str(tmp_path / name))
+        prepare.download(f'{server}/{name}', str(tmp_path / name))
         assert (tmp_path / name).read_bytes() == body, name
     for name, message in bad.items():
-        refuses(message, download, f'{server}/{name}', str(tmp_path / name))
-    refuses('sha256 is .*, not 00', download, f'{server}/fine', str(tmp_path / 'other'), sha256='00')
-    refuses('again to resume', download, 'http://127.0.0.1:9/nobody', str(tmp_path / 'other'))
+        refuses(message, prepare.download, f'{server}/{name}', str(tmp_path / name))
+    refuses('sha256 is .*, not 00', prepare.download, f'{server}/fine', str(tmp_path / 'other'), sha256='00')
+    refuses('again to resume', prepare.download, 'http://127.0.0.1:9/nobody', str(tmp_path / 'other'))
     assert {p.name for p in tmp_path.iterdir()} == {*good, 'fine-half', 'fine-long', '.lock'}
 
 
@@ -874,12 +817,11 @@ def test_large_datasets_come_in_shards(server, tmp_path, monkeypatch, gpt2_files
         Server.files[f'fine-{i}.bin'] = shard(shard_ids)
     row = dict(source=f'{server}/fine-%d.bin', shards=range(1, 4), val=f'{server}/fine-0.bin')
     monkeypatch.setitem(prepare.DATASETS, str(tmp_path), row)
-    for count, used in ((2, ids[1:3]), (0, ids[1:])):
+    for count in (2, 0):
         prepare.prepare(str(tmp_path), shards=count)
-        (train, val), meta = stored(tmp_path)
-        assert train == np.concatenate(used).tolist() and val == ids[0].tolist()
-        assert meta['tokenizer'] == dict(type='gpt2') and load_dataset(str(tmp_path))
-    assert set(Server.asked.values()) == {1}
+        (train, val), _ = stored(tmp_path)
+        assert train == np.concatenate(ids[1:1 + (count or 3)]).tolist() and val == ids[0].tolist()
+    assert set(Server.asked.values()) == {1} and load_dataset(str(tmp_path))
     before = {p: p.read_bytes() for p in tmp_path.glob('*.*')}
     last, = (tmp_path / 'download').glob('*-fine-3.bin')
     for damaged, message in ((shard(ids[3])[:-2], 'not a whole shard'), (b'', 'not a whole shard'),
@@ -923,17 +865,15 @@ def test_gpt2_is_gpt2(tmp_path, dtype, shard_size, changes, device):
 
 def test_what_is_not_gpt2_is_refused(tmp_path):
     """Other architectures are not taken for GPT-2's, nor is an unknown tokenizer."""
-    from safetensors.torch import load_file, save_file
     hugging_face(tmp_path)
     config, file = tmp_path / 'config.json', tmp_path / 'model.safetensors'
     load = partial(GPT.from_pretrained, str(tmp_path))
     refuses("not GPT-2's", main, 'sample.py', f'--init_from={tmp_path}', '--device=cpu')
-    text, weights = config.read_text(), load_file(file)
+    text = config.read_text()
     config.write_text(text.replace('gelu_new', 'relu'))
     refuses("says activation_function='relu', but GPT-2 has", load)
     config.write_text(text)
-    save_file(weights | {'transformer.h.0.extra': torch.ones(1)}, file)
-    refuses('Unexpected key', load)
+    refuses('do not fit the model_args', load, n_layer=2)
     file.write_bytes(file.read_bytes()[:100])
     refuses('is damaged or not a GPT-2', load)
 
@@ -964,8 +904,7 @@ def checkpoint_of(model, tokenizer):
 
 @pytest.mark.parametrize('kind', ['char', 'bpe', 'gpt2'])
 def test_transformers_loads_what_we_export(kind, bpe_spec, gpt2_files, tmp_path):
-    """transformers computes the same logits, without the padding, and the same ids. Loading the
-    export gives back every bit."""
+    """transformers computes the same logits, without the padding, and the same ids, and so do we."""
     transformers = pytest.importorskip('transformers')
     spec = bpe_spec if kind == 'bpe' else dict(type=kind, chars='abcdefgh')
     tok = get_tokenizer(spec)
@@ -976,15 +915,11 @@ def test_transformers_loads_what_we_export(kind, bpe_spec, gpt2_files, tmp_path)
     idx = torch.randint(tok.n_vocab, (2, 16))
     logits = ours(idx)[0][..., :tok.n_vocab]
     torch.testing.assert_close(theirs(idx).logits, logits, rtol=1e-4, atol=1e-4)
-    assert theirs.config.n_ctx == 16  # which llama.cpp's converter reads
-    assert theirs.config.eos_token_id == tok.eot
-
-    loaded, before = load_checkpoint(str(tmp_path)), ours.state_dict()
-    assert loaded['chat'] == CHAT_FORM
-    assert loaded['tokenizer'] == spec and loaded['model_args']['vocab_size'] == tok.n_vocab
-    for name, w in loaded['model'].items():  # missing biases are exported as zeros
-        expected = before.get(name, torch.zeros(len(w)))[:len(w)]
-        assert torch.equal(w, expected), name
+    assert (theirs.config.n_ctx, theirs.config.eos_token_id) == (16, tok.eot)  # llama.cpp reads n_ctx
+    loaded = load_checkpoint(str(tmp_path))
+    assert loaded['chat'] == CHAT_FORM and loaded['tokenizer'] == spec
+    again = GPT.from_checkpoint(loaded).eval()
+    torch.testing.assert_close(again(idx)[0], logits)
     if kind != 'char':
         tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
         for text in ODD_TEXTS:
@@ -1020,18 +955,6 @@ def test_onnx(flags, tmp_path):
         torch.testing.assert_close(torch.from_numpy(logits), ours(idx)[0], rtol=1e-4, atol=1e-4)
 
 
-def test_weights_have_to_fit_the_model():
-    """Half precision becomes float32, and float32 is not copied. Checkpoints from before the setting
-    'activation' load."""
-    checkpoint = checkpoint_of(tiny(), dict(type='gpt2'))
-    for name, w in GPT.from_checkpoint(checkpoint).state_dict().items():
-        assert w.data_ptr() == checkpoint['model'][name].data_ptr(), name
-    halved = checkpoint_of(tiny().bfloat16(), dict(type='gpt2'))
-    assert {p.dtype for p in GPT.from_checkpoint(halved).parameters()} == {torch.float32}
-    for wrong in (dict(n_layer=3), dict(n_embd=64), dict(block_size=17), dict(n_head='x')):
-        refuses('do not fit the model_args', GPT.from_checkpoint, halved, **wrong)
-
-
 def test_files_with_code_in_them_are_refused(tmp_path):
     class Evil:
         def __reduce__(self):
@@ -1054,7 +977,7 @@ def test_nanogpt_runs_resume(data, tmp_path, monkeypatch):
         folder.mkdir(parents=True)
     bins, meta = stored(data)
     for split, ids in zip(('train', 'val'), bins, strict=True):
-        np.array(ids, np.uint16).tofile(dataset / f'{split}.bin')
+        (dataset / f'{split}.bin').write_bytes(np.array(ids, np.uint16).tobytes())
     itos = dict(enumerate(meta['tokenizer']['chars']))
     (dataset / 'meta.pkl').write_bytes(pickle.dumps(dict(itos=itos)))
 
@@ -1062,31 +985,17 @@ def test_nanogpt_runs_resume(data, tmp_path, monkeypatch):
     adamw, = configure_optimizers(gpt, 'adamw', 0.1, 1e-3, (0.9, 0.95))
     gpt(idx, idx)[1].backward()
     adamw.step()
-    shared = dict(model_args=vars(gpt.config), iter_num=6, config=dict(dataset='letters'))
+    shared = dict(model_args=vars(gpt.config), iter_num=6, config=dict(dataset='letters'), best_val_loss=9.0)
     named = {name: adamw.state[p] for name, p in gpt.named_parameters()}
-    torch.save(shared | checkpoint_of(gpt, meta['tokenizer']) | dict(optimizer=named, best_val_loss=9.0),
-               ours / 'ckpt.pt')
+    torch.save(shared | checkpoint_of(gpt, meta['tokenizer']) | dict(optimizer=named), ours / 'ckpt.pt')
     weights = {f'_orig_mod.{name}': w for name, w in gpt.state_dict().items()}
     weights['_orig_mod.transformer.h.0.attn.bias'] = torch.ones(1, 1, 16, 16).tril()
-    torch.save(shared | dict(model=weights, optimizer=adamw.state_dict(),
-                             best_val_loss=torch.tensor(9.0)), theirs / 'ckpt.pt')
-
+    torch.save(shared | dict(model=weights, optimizer=adamw.state_dict()), theirs / 'ckpt.pt')
     main('sample.py', f'--out_dir={theirs}', '--max_new_tokens=9', '--device=cpu')
     for out, name in ((theirs, 'letters'), (ours, data)):
         main('train.py', *TINY, f'--out_dir={out}', f'--dataset={name}', '--init_from=resume',
              '--max_iters=8')
     assert_same_run(theirs, ours)
-
-
-def test_nanogpt_settings_are_known():
-    """train.py has every setting that nanoGPT's config files use."""
-    names = re.findall(r'^([a-z]\w*) = ', (HERE / 'train.py').read_text(), re.MULTILINE)
-    assert set(names) >= set(
-        'init_from out_dir eval_interval eval_iters eval_only log_interval always_save_checkpoint '
-        'wandb_log wandb_project wandb_run_name dataset gradient_accumulation_steps batch_size '
-        'block_size n_layer n_head n_embd dropout bias learning_rate max_iters weight_decay beta1 '
-        'beta2 grad_clip decay_lr warmup_iters lr_decay_iters min_lr backend device dtype '
-        'compile'.split())
 
 
 # -----------------------------------------------------------------------------
@@ -1097,7 +1006,7 @@ def test_an_epoch_reads_every_window_once():
     """No window comes twice in an epoch or leaves the data. Every epoch has its own order and
     offset. The sequence is the same however steps, ranks and resumes divide it."""
     def window_starts(n, block_size, *args):
-        return shuffled_windows(n - block_size, block_size, *args)
+        return prepare.shuffled_windows(n - block_size, block_size, *args)
     for n in (17, 33, 64, 1000):
         per_epoch = max(1, n // 16 - 1)
         parts = [window_starts(n, 16, 7, first, 10) for first in range(0, 20 * per_epoch, 10)]
@@ -1131,13 +1040,15 @@ def configured(*argv):
     return settings
 
 
-@pytest.mark.parametrize('arg, value', [
-    ('--iters=1e3', 1000), ('--rate=1', 1.0), ('--flag=0', False), ('--name=42', '42'),
-    ('--name=a=b', 'a=b'), ('--name=', ''), ('--compile=False', False), ('--compile=auto', 'auto')])
-def test_values_take_the_type_of_their_default(arg, value):
-    name = arg[2:].partition('=')[0]
-    setting = configured(arg)[name]
-    assert setting == value and type(setting) is type(value)
+def test_values_take_the_type_of_their_default(tmp_path):
+    """Override files are Python, and see the values so far."""
+    (tmp_path / 'a b.py').write_text('import math\n_half = iters // 2\niters = _half + 1\nrate = math.pi')
+    expected = dict(iters=6, rate=math.pi, flag=True, name='y', compile='auto')
+    assert configured('--iters=10', f'{tmp_path}/a b.py', '--name=y') == expected
+    for arg, value in {'--iters=1e3': 1000, '--rate=1': 1.0, '--flag=0': False, '--name=42': '42',
+                       '--name=a=b': 'a=b', '--name=': '', '--compile=False': False}.items():
+        setting = configured(arg)[arg[2:].partition('=')[0]]
+        assert setting == value and type(setting) is type(value)
 
 
 @pytest.mark.parametrize('arg, message', [
@@ -1152,36 +1063,21 @@ def test_bad_arguments_are_refused(arg, message):
     assert str(UserError('a\x1b[31m\nb')) == 'a?[31m b'  # nothing that a terminal obeys
 
 
-def test_override_files(tmp_path):
-    """A file computes, imports and sees the values so far."""
-    file = tmp_path / 'over ride.py'
-    file.write_text('import math\n_half = iters // 2\niters = _half + 1\nrate = math.pi\nflag = 0')
-    expected = dict(iters=6, rate=math.pi, flag=False, name='y', compile='auto')
-    assert configured('--iters=10', str(file), '--name=y') == expected
-    for source, message in (('iters = 3\nrates = 1', "unknown setting 'rates': did you mean rate"),
-                            ('name = 3', 'name takes text in quotes')):
-        file.write_text(source)
-        refuses(f'{re.escape(str(file))}.*{message}', configured, str(file))
-
-
 def test_help_shows_every_setting(capsys):
     """--help lists the settings as they stand in the source: headings, defaults, comments. It fits
-    80 columns."""
+    80 columns. train.py has every setting that nanoGPT's config files use."""
     for script in ('model.py', 'sample.py', 'prepare.py', 'bench.py', 'train.py'):
         main(script, '--help')
         output = capsys.readouterr().out
         assert max(map(len, output.splitlines())) <= 80
         assert '--n_embd=768' in output or script in ('sample.py', 'prepare.py')
     assert re.search(r'\n\n# data\n  --dataset=.* folder in data/', output)
-    assert re.search(r'--eval_interval=2000 +steps between evaluations', output)
-
-
-def test_device_and_dtype_are_honored_or_refused():
-    assert resolve_device('auto').split(':')[0] in DEVICES
-    refuses('but this machine has', resolve_device, 'cuda:99')
-    refuses('but this machine has', resolve_device, 'tpu')
-    refuses("dtype='float64'", resolve_dtype, 'float64', 'cpu')
-    refuses("dtype='float16'", resolve_dtype, 'float16', 'cpu')
+    assert set(re.findall(r'--(\w+)=', output)) >= set(
+        'init_from out_dir eval_interval eval_iters eval_only log_interval always_save_checkpoint '
+        'wandb_log wandb_project wandb_run_name dataset gradient_accumulation_steps batch_size '
+        'block_size n_layer n_head n_embd dropout bias learning_rate max_iters weight_decay beta1 '
+        'beta2 grad_clip decay_lr warmup_iters lr_decay_iters min_lr backend device dtype '
+        'compile'.split())
 
 
 # -----------------------------------------------------------------------------
@@ -1199,8 +1095,7 @@ def test_a_run_logs_and_saves(run, data, capsys):
     assert newest['model'].keys() == tiny(bias=False).state_dict().keys()
     assert newest['optimizer'] and not best['optimizer']
     main('train.py', *TINY, f'--dataset={data}', f'--out_dir={run}', '--eval_only=True')
-    output = capsys.readouterr().out
-    assert re.search(r'\nstep 0: train loss \d\.\d{4}, val loss \d\.\d{4}\n$', output)
+    assert re.search(r'\nstep 0: train loss \d\.\d{4}, val loss \d\.\d{4}\n$', capsys.readouterr().out)
     assert read_log(run) == log
     assert {p.name for p in run.iterdir()} == {'ckpt.pt', 'best.pt', 'log.jsonl', '.lock'}
 
@@ -1217,28 +1112,11 @@ def test_auto_starts_and_then_resumes(data, tmp_path, monkeypatch, capsys):
     assert 'resuming o u t/ckpt.pt at step 3' in output and '\n| ' in output
     log = read_log(tmp_path / 'o u t')
     assert [entry['iter'] for entry in log] == [0, 0, 1, 2, 3, 3, 4, 5, 6]
-    seconds = [entry['seconds'] for entry in log]
-    assert max(seconds) == seconds[-1] > 0
-    for entry in log:  # a step's tokens include its own batch
-        steps = entry['iter'] + ('loss' in entry)
-        assert entry['tokens'] == steps * 2 * 4 * 16
+    assert log[-1]['seconds'] == max(entry['seconds'] for entry in log) > 0
+    assert log[-1]['tokens'] == 6 * 2 * 4 * 16
     main('train.py', *args, '--init_from=scratch', '--max_iters=1')
     assert read_checkpoint(tmp_path / 'o u t')['iter_num'] == 1
     assert read_log(tmp_path / 'o u t' / 'earlier-1') == log
-
-
-def test_the_checkpoint_decides_sizes(run, data, tmp_path, capsys):
-    """Resuming ignores the settings of the model's shape. Finetuning crops to a smaller block_size."""
-    shutil.copytree(run, tmp_path / 'resumed')
-    args = [arg for arg in TINY if arg not in SHAPE]  # the defaults are those of GPT-2
-    args.append(f'--dataset={data}')
-    main('train.py', *args, f'--out_dir={tmp_path / "resumed"}', '--init_from=resume')
-    output = capsys.readouterr().out
-    assert 'sets n_embd=32\n' in output and 'sets block_size=16\n' in output
-    main('train.py', *args, f'--out_dir={tmp_path}', f'--init_from={run}', '--block_size=8',
-         '--max_iters=0')
-    checkpoint = read_checkpoint(tmp_path)
-    assert checkpoint['model_args']['block_size'] == checkpoint['config']['block_size'] == 8
 
 
 @pytest.mark.parametrize('optimizer, stop', [('adamw', signal.SIGINT), ('muon', signal.SIGKILL)])
@@ -1270,7 +1148,9 @@ def test_resume_uses_new_settings_and_never_saves_a_broken_model(run, data, tmp_
     out = tmp_path / 'out'
     shutil.copytree(run, out)
     args = [*TINY, f'--dataset={data}', f'--out_dir={out}', '--init_from=resume']
-    optimizer, = main('train.py', *args, '--eval_only=True', '--weight_decay=0.7')['optimizers']
+    namespace = main('train.py', *args, '--eval_only=True', '--weight_decay=0.7', '--n_embd=64')
+    assert namespace['config']['n_embd'] == 32  # the checkpoint decides the shape
+    optimizer, = namespace['optimizers']
     assert [group['weight_decay'] for group in optimizer.param_groups] == [0.7, 0.0]
     assert all(state['step'] == 6 for state in optimizer.state.values())
     best = (out / 'best.pt').read_bytes()
@@ -1301,7 +1181,7 @@ def test_a_compiled_model_is_saved_under_its_own_names(device_type, run, data, t
 
 @linux_only
 def test_a_run_moves_between_one_process_and_many(start, data, tmp_path):
-    """Two processes with FSDP, stopped by SIGTERM; then four with DDP, one of which is killed, and which
+    """Two processes with FSDP, stopped by SIGTERM; then with DDP, one of which is killed, and which
     restart; then FSDP with recomputed activations. Losses, norms and evaluations are those of one."""
     one, many = tmp_path / 'one', tmp_path / 'many'
     args = [*TINY, f'--dataset={data}', '--dropout=0.0', '--gradient_accumulation_steps=4',
@@ -1310,23 +1190,22 @@ def test_a_run_moves_between_one_process_and_many(start, data, tmp_path):
     args += [f'--out_dir={many}', '--init_from=auto']
     env = dict(os.environ, TORCH_DISABLE_SHARE_RDZV_TCP_STORE='1')
 
-    def run(count, *more):
-        torchrun = '--standalone', f'--nproc_per_node={count}', '--max-restarts=1'
+    def run(*more):
+        torchrun = '--standalone', '--nproc_per_node=2', '--max-restarts=1'
         return start('train.py', *args, *more, torchrun=torchrun, env=env)
-    process = run(2, '--max_iters=30', '--parallel=fsdp')
+    process = run('--max_iters=30', '--parallel=fsdp')
     read_until(process, 'iter 3')
     process.send_signal(signal.SIGTERM)
-    assert 'stopped by SIGTERM at step' in process.stdout.read()
-    process.wait(60)
-    process = run(4, '--max_iters=30')
+    assert 'stopped by SIGTERM at step' in process.stdout.read() and process.wait(60)
+    process = run('--max_iters=30')
     read_until(process, 'iter 20')
     children = Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text()
     os.kill(int(children.split()[1]), signal.SIGKILL)
     output = process.stdout.read()
     assert process.wait(60) == 0 and f'resuming {many}/ckpt.pt at step 20' in output, output
-    process = run(2, '--max_iters=40', '--parallel=fsdp', '--activation_checkpointing=True')
+    process = run('--max_iters=40', '--parallel=fsdp', '--activation_checkpointing=True')
     assert 'changed setting: parallel' in process.stdout.read() and process.wait(60) == 0
-    assert_close_losses(one, many, rel=1e-2)  # Muon computes in bfloat16
+    assert_close_losses(one, many, rel=1e-4)
 
 
 @linux_only
@@ -1375,39 +1254,6 @@ def test_a_folder_has_one_writer(data, tmp_path):
         write()
 
 
-def test_a_run_keeps_its_data(run, data, tmp_path, monkeypatch):
-    """Preparing the dataset again during a run does not change what the run reads."""
-    shutil.copytree(data, tmp_path / 'set')
-    (tmp_path / 'other.txt').write_text(TEXT[::-1])
-    clip = torch.nn.utils.clip_grad_norm_
-
-    def prepare_again(*args):
-        prepare.prepare(str(tmp_path / 'set'), str(tmp_path / 'other.txt'), 'char')
-        return clip(*args)
-    monkeypatch.setattr(torch.nn.utils, 'clip_grad_norm_', prepare_again)
-    main('train.py', *TINY, f'--dataset={tmp_path / "set"}', f'--out_dir={tmp_path / "out"}')
-    assert losses(tmp_path / 'out') == losses(run)
-
-
-def test_an_interrupted_replacement_leaves_nothing_to_load(data, tmp_path, monkeypatch):
-    """New tokens never lie beside an old tokenizer, wherever prepare.py is killed."""
-    other, folder = tmp_path / 'other.txt', tmp_path / 'set'
-    other.write_text(TEXT.swapcase())  # as many tokens
-    replace = os.replace
-    for renames in range(2):
-        prepare.prepare(str(folder), f'{data.parent}/input.txt', 'char')
-        left = iter(range(renames))
-
-        def kill(*args, left=left):
-            next(left)
-            replace(*args)
-        monkeypatch.setattr(os, 'replace', kill)
-        with pytest.raises(StopIteration):
-            prepare.prepare(str(folder), str(other), 'char')
-        monkeypatch.setattr(os, 'replace', replace)
-        refuses('is not prepared', load_dataset, str(folder))
-
-
 @linux_only
 def test_a_full_disk_keeps_the_last_checkpoint(start, data, tmp_path):
     """While files cannot exceed 20 kB, saving fails with a warning and leaves no half file. Once
@@ -1421,7 +1267,6 @@ def test_a_full_disk_keeps_the_last_checkpoint(start, data, tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {'log.jsonl', '.lock'}
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (-1, -1))
     assert 'best val loss' in process.stdout.read() and process.wait(60) == 0
-    assert load_checkpoint(str(newest))['iter_num'] == 60
     before = newest.read_bytes()
     resumed = command('train.py', *args, '--init_from=resume', '--max_iters=61', preexec_fn=limit)
     assert resumed.returncode == 2 and 'error: cannot save' in resumed.stderr
@@ -1440,19 +1285,17 @@ def test_a_flipped_bit_is_noticed(run, tmp_path):
 
 def test_steps_without_a_finite_gradient_are_skipped(data, tmp_path, monkeypatch, capsys):
     """A skipped step changes no weight."""
-    clip = torch.nn.utils.clip_grad_norm_
-    weights = []  # before each step
+    clip, weights = torch.nn.utils.clip_grad_norm_, []  # weights: before each step
 
     def clip_with_overflow(parameters, max_norm):
         first, *others = parameters
-        if len(weights) == 2:
-            first.grad[0] = math.inf
+        first.grad[0] *= math.inf if len(weights) == 2 else 1
         weights.append(first.detach().clone())
         return clip([first, *others], max_norm)
     monkeypatch.setattr(torch.nn.utils, 'clip_grad_norm_', clip_with_overflow)
     main('train.py', *TINY, f'--dataset={data}', f'--out_dir={tmp_path}')
     assert torch.equal(weights[2], weights[3]) and not torch.equal(weights[3], weights[4])
-    assert 'iter 2: skipped: gradient norm is inf\n' in capsys.readouterr().out
+    assert re.search(r'iter 2: skipped: gradient norm is (inf|nan)\n', capsys.readouterr().out)
 
 
 # -----------------------------------------------------------------------------
@@ -1460,7 +1303,7 @@ def test_steps_without_a_finite_gradient_are_skipped(data, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize('device', DEVICES)
-def test_sampling(run, tmp_path, device, capsys):
+def test_sampling(run, device, capsys):
     """stdout holds the texts alone, each up to stop. The same seed gives the same text."""
     args = [f'--out_dir={run}', '--num_samples=2', '--max_new_tokens=40', f'--device={device}',
             '--dtype=float32']
@@ -1468,14 +1311,11 @@ def test_sampling(run, tmp_path, device, capsys):
     output = capsys.readouterr()
     assert f'{run / "best.pt"}: step' in output.err and 'tok/s' in output.err
     texts = output.out.split('---------------\n')
-    assert [len(text) for text in texts] == [45, 45]
-    assert all(text.startswith('KING') for text in texts)
+    assert [(len(text), text[:4]) for text in texts] == [(45, 'KING')] * 2
     stop = texts[0][20]
     stopped = command('sample.py', *args, '--start=-', f'--stop={stop}', input='KING').stdout
     assert stopped.startswith(texts[0][:texts[0].index(stop, 4)] + '\n---')
-    (tmp_path / 'prompt.txt').write_text('KING')
-    shell = shlex.join([sys.executable, str(HERE / 'sample.py'), *args, '--max_new_tokens=3000',
-                        f'--start=FILE:{tmp_path}/prompt.txt'])
+    shell = shlex.join([sys.executable, str(HERE / 'sample.py'), *args, '--start=KING'])
     piped = subprocess.run(f'{shell} | head -c 20', shell=True, capture_output=True, text=True)
     assert piped.stdout == output.out[:20] and 'rror' not in piped.stderr
 
@@ -1493,15 +1333,12 @@ def test_one_prompt_after_another(start, run):
     assert process.returncode == 0
 
 
-CHARACTERS = '\x03\n' + ''.join(map(chr, range(32, 127)))  # the end of text, and all of ASCII
-
-
 def test_a_conversation_forgets_its_oldest_turns(tmp_path, monkeypatch):
     """The model sees the system message and the newest turns that leave room for an answer, in the form
     of the training data. /reset makes it forget them all."""
-    tok_spec = dict(type='char', chars=CHARACTERS)
-    tok = get_tokenizer(tok_spec)
-    checkpoint = checkpoint_of(tiny(vocab_size=len(CHARACTERS), block_size=100), tok_spec)
+    spec = dict(type='char', chars='\x03\n' + ''.join(map(chr, range(32, 127))))
+    tok = get_tokenizer(spec)
+    checkpoint = checkpoint_of(tiny(vocab_size=tok.n_vocab, block_size=100), spec)
     torch.save(checkpoint | dict(config={}, chat=CHAT_FORM), tmp_path / 'ckpt.pt')
     seen = []
 
@@ -1558,7 +1395,7 @@ def test_the_listed_parameters_add_up(capsys):
     """The parts sum up to the model. GPT-2 XL fits 80 columns."""
     main('model.py', '--n_layer=1', '--n_embd=96')
     output = capsys.readouterr().out
-    *listed, _ = map(int, re.findall(r'\)\s+(\d+)$', output.replace(',', ''), re.MULTILINE))  # lm_head: tied
+    *listed, _ = map(int, re.findall(r'\)\s+(\d+)$', output.replace(',', ''), re.MULTILINE))  # _: tied
     total = GPT(GPTConfig(n_layer=1, n_embd=96)).num_params()
     assert sum(listed) == total and f'{total:,} parameters' in output
     main('model.py', '--n_layer=48', '--n_head=25', '--n_embd=1600')
@@ -1612,14 +1449,12 @@ def test_hellaswag_scores_are_those_of_transformers(tmp_path, gpt2_files, capsys
             targets = torch.tensor(encode(f' {ending}').tolist())
             ids = torch.tensor([*encode(context).tolist(), *targets])[-25:]
             logits = theirs(ids[None, :-1]).logits[0, -len(targets):]
-            sums.append(torch.nn.functional.cross_entropy(logits, targets, reduction='sum'))
             means.append(torch.nn.functional.cross_entropy(logits, targets))
+            sums.append(means[-1] * len(targets))
         correct += [np.argmin(sums) == label, np.argmin(means) == label]
     (tmp_path / 'x.jsonl').write_text(lines)
-    result = benched(capsys, '--task=hellaswag', f'--init_from={tmp_path}',
-                     f'--source={tmp_path}/x.jsonl')
-    scores = [result['items'], result['acc'], result['acc_norm']]
-    assert scores == pytest.approx([60, *correct / 60])
+    result = benched(capsys, '--task=hellaswag', f'--init_from={tmp_path}', f'--source={tmp_path}/x.jsonl')
+    assert [result['items'], result['acc'], result['acc_norm']] == pytest.approx([60, *correct / 60])
 
 
 @torch.no_grad()
@@ -1638,11 +1473,9 @@ def test_the_loss_of_a_text_is_that_of_every_token(run, data, capsys, tmp_path):
             begin = min(begin, len(ids) - 1 - 16)  # the last window ends with the text
             logits = gpt(torch.tensor([ids[begin:i]]))[0][0, -1]
             losses.append(-logits.log_softmax(-1)[ids[i]].item())
-        mean = sum(losses) / 202
-        expected = dict(tokens=202, loss=mean, perplexity=math.exp(mean),
-                        bits_per_byte=mean / math.log(2))  # each character is one byte
         result = score(f'--source={tmp_path}/x.txt', f'--stride={stride}')
-        assert {key: result[key] for key in expected} == pytest.approx(expected, rel=1e-4)
+        assert result['tokens'] == 202 and result['loss'] == pytest.approx(sum(losses) / 202, rel=1e-4)
+        assert result['bits_per_byte'] == pytest.approx(result['loss'] / math.log(2))  # ASCII
 
 
 BENCH_SHAPE = ['--n_layer=1', '--n_head=2', '--n_embd=32', '--block_size=16', '--vocab_size=64',
@@ -1654,41 +1487,33 @@ def test_bench_measures(capsys):
     result = benched(capsys, *BENCH_SHAPE, '--task=train', '--batch_size=2', '--steps=2')
     assert result['tokens_per_second'] == pytest.approx(32 / result['step_ms'] * 1000)
     assert result['memory'] > 1e7
-    generate = [*BENCH_SHAPE, '--task=generate', '--prompt=4', '--new_tokens=9']
-    plain, rope = (benched(capsys, *generate, f'--rope={flag}') for flag in (False, True))
-    assert plain['parameters'] - rope['parameters'] == 16 * 32  # the position embeddings
-    assert min(plain['decode_per_second'], plain['first_token_ms']) > 0
+    result = benched(capsys, *BENCH_SHAPE, '--task=generate', '--prompt=4', '--new_tokens=9', '--rope=True')
+    assert min(result['decode_per_second'], result['first_token_ms']) > 0
+    assert result['parameters'] == GPT(GPTConfig(16, 64, 1, 2, 32, bias=False, rope=True)).num_params()
 
 
 def test_curves(run, capsys, tmp_path):
-    """They are those of log.jsonl, in which the last entry of a step counts. Drawn in the terminal or,
-    with matplotlib, as a picture."""
+    """They are those of log.jsonl, in which the last entry of a step counts."""
     out = shutil.copytree(run, tmp_path / 'out')
     with open(out / 'log.jsonl', 'a') as file:  # as a killed and resumed run leaves it
         file.write('{"iter": 3, "val_loss": 9.5, "tokens": 7}\n{"iter": 6, "lo')
     read_run = main('bench.py', '--task=curves', f'--runs=mine={run}', '--axis=tokens')['read_run']
-    *drawing, result = capsys.readouterr().out.splitlines()
-    assert max(map(len, drawing)) <= 80
-    assert json.loads(result)['mine'] == read_checkpoint(run)['best_val_loss']
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result['mine'] == read_checkpoint(run)['best_val_loss']
     log, curves = read_log(run), read_run(str(out))
     assert curves['train'] == [(e['tokens'], e['loss']) for e in log if 'loss' in e]
     val = [(e['tokens'], e['val_loss']) for e in log if 'val_loss' in e]
     assert curves['val'] == [val[0], (7, 9.5), val[2]]
-    if importlib.util.find_spec('matplotlib'):
-        main('bench.py', '--task=curves', f'--runs={run}', f'--plot={tmp_path}/x.png')
-        assert (tmp_path / 'x.png').read_bytes().startswith(b'\x89PNG')
-
 
 def test_bench_against_a_rival(tmp_path, capsys):
     """The rival's model.py is what runs, in a process of its own."""
     (tmp_path / 'model.py').write_text(f"""
 import sys
 sys.path.insert(0, {str(HERE)!r})
-from model import GPT as Ours, GPTConfig, configure_optimizers
-class GPT(Ours):
-    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
-        open({str(tmp_path / 'called')!r}, 'w').close()
-        return configure_optimizers(self, 'adamw', weight_decay, learning_rate, betas)[0]
+import model
+GPTConfig, GPT = model.GPTConfig, model.GPT
+open({str(tmp_path / 'called')!r}, 'w').close()
+GPT.configure_optimizers = lambda self, *args: model.configure_optimizers(self, 'adamw', *args[:3])[0]
 """)
     result = benched(capsys, *BENCH_SHAPE, '--batch_size=2', '--steps=2', f'--vs={tmp_path}')
     assert (tmp_path / 'called').exists()
@@ -1698,44 +1523,37 @@ class GPT(Ours):
 # -----------------------------------------------------------------------------
 # Bad input: one clear line, and nothing is lost. And what the README says.
 
-@pytest.fixture(scope='session')
-def bad(tmp_path_factory, data):
-    """A folder of things that are wrong."""
-    folder = tmp_path_factory.mktemp('bad')
-    (folder / 'latin1.txt').write_bytes(b'\xe9' * 9)
-    (folder / 'bad.jsonl').write_text('{"text": "fine"}\n{"content": "x"}\n')
-    (folder / 'other.txt').write_text('abcdefgh' * 100)
-    prepare.prepare(str(folder / 'other'), str(folder / 'other.txt'), 'char')
-    shutil.copytree(data, folder / 'truncated')
-    os.truncate(folder / 'truncated' / 'train.bin', 1234)
-    return folder
-
-
 @pytest.mark.parametrize('script, args, message', [
     ('train.py', '--dataset=nothing', 'not prepared.*: run python prepare.py --dataset=nothing'),
-    ('train.py', '--dataset={bad}/other --block_size=80', 'too few for a block_size of 80'),
-    ('train.py', '--dataset={bad}/truncated', 'holds 1,234 bytes but meta.json says 54,000'),
+    ('train.py', '--block_size=6000', 'too few for a block_size of 6000'),
+    ('train.py', '--dataset={tmp}/short', 'holds 1,234 bytes but meta.json says 54,000.*or delete meta.json'),
     ('train.py', '--min_lr=1', 'min_lr=1.0 exceeds learning_rate=0.01'),
     ('train.py', '--activation=silu', "activation='silu' must be in"),
     ('train.py', '--init_from=resume', 'there is no checkpoint out/ckpt.pt: name a'),
-    ('train.py', '--init_from={run} --dataset={bad}/other', 'have different tokenizers'),
+    ('train.py', '--init_from={run} --dataset={tmp}/other', 'have different tokenizers'),
     ('train.py', '--init_from=resume --out_dir={run} --optimizer=muon', 'no state of optimizer=.muon'),
-    ('prepare.py', '--source={bad}/other.txt', 'has its own source'),
-    ('prepare.py', '--dataset={tmp}/x --source={bad}/latin1.txt --tokenizer=char', 'not UTF-8'),
-    ('prepare.py', '--dataset={tmp}/x --source={bad}/bad.jsonl --tokenizer=char', 'line 2: KeyError'),
-    ('bench.py', '--task=loss --init_from={run} --source={bad}/other.txt --stride=17', 'use at most 16'),
+    ('prepare.py', '--source={tmp}/bad.jsonl', 'has its own source'),
+    ('prepare.py', '--dataset={tmp}/x --source={tmp}/latin1.txt --tokenizer=char', 'not UTF-8'),
+    ('prepare.py', '--dataset={tmp}/x --source={tmp}/bad.jsonl --tokenizer=char', 'line 2: KeyError'),
+    ('sample.py', '--init_from={run} --device=cuda:99', 'but this machine has'),
+    ('sample.py', '--init_from={run} --dtype=float16 --device=cpu', 'needs CUDA, not cpu'),
+    ('bench.py', '--task=loss --init_from={run} --source={tmp}/good.txt --stride=17', 'use at most 16'),
 ])
-def test_bad_input_is_one_line_and_harms_nothing(script, args, message, bad, run, data, tmp_path,
-                                                 monkeypatch):
+def test_bad_input_is_one_line_and_harms_nothing(script, args, message, run, data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / 'latin1.txt').write_bytes(b'\xe9' * 9)
+    (tmp_path / 'bad.jsonl').write_text('{"text": "fine"}\n{"content": "x"}\n')
+    (tmp_path / 'good.txt').write_text('fine')
+    prepare.prepare(str(tmp_path / 'other'), str(tmp_path / 'good.txt'), 'char')
+    shutil.copytree(data, tmp_path / 'short')
+    os.truncate(tmp_path / 'short' / 'train.bin', 1234)
     before = {p.name: p.read_bytes() for p in run.iterdir()}
-    args = args.format(bad=bad, run=run, tmp=tmp_path).split()
+    args = args.format(run=run, tmp=tmp_path).split()
     if script == 'train.py':
         args = [*TINY, f'--dataset={data}', *args]
     refuses(message, main, script, *args)
     assert before == {p.name: p.read_bytes() for p in run.iterdir()}
-    left = [p for p in tmp_path.rglob('*') if p.is_file() and p.name != '.lock' and p.parent.name != 'new']
-    assert not left
+    assert not (tmp_path / 'x' / 'meta.json').exists() and not list(tmp_path.glob('out/[!.]*'))
 
 
 # Runs commands one after another in one process, which saves the time to import torch.
@@ -1764,20 +1582,15 @@ def test_every_command_of_the_readme_runs(tmp_path):
     readme = readme.replace('--tokenizer=gpt2', '--tokenizer=char')
     readme = readme.replace('finetune_qa.py', ' '.join(['finetune_qa.py', '--init_from=scratch', *SHAPE]))
     blocks = re.findall(r'```sh\n(.*?)```', readme, re.DOTALL)
-    lines = [line for block in blocks for line in block.replace('\\\n', ' ').splitlines()]
+    lines = ''.join(blocks).replace('\\\n', ' ').splitlines()
     excluded = 'pip |llama|torchrun|git |gpt2|nanoGPT|transformers|fineweb|openwebtext|--vs'
-    cpu = ['--device=cpu']
-    short = {'train.py': [*cpu, '--max_iters=2', '--lr_decay_iters=2', '--eval_iters=9'],
-             'bench.py': cpu, 'sample.py': [*cpu, '--max_new_tokens=3']}
-    commands = []
-    for line in lines:
-        args = shlex.split(line, comments=True)
-        if args and not re.search(excluded, shlex.join(args)):
-            commands.append((line, args + short.get(args[1], [])))
+    short = {'train.py': ['--device=cpu', '--max_iters=2', '--lr_decay_iters=2', '--eval_iters=9'],
+             'bench.py': ['--device=cpu'], 'sample.py': ['--device=cpu', '--max_new_tokens=3']}
+    commands = [(line, shlex.split(line, comments=True)) for line in lines if not re.search(excluded, line)]
+    commands = [(line, args + short.get(args[1], [])) for line, args in commands if args]
     assert len(commands) > 20
     folder = tmp_path / 'a clone'
-    ignored = shutil.ignore_patterns('.*', 'out*', '__pycache__', '*.bin', 'meta.json')
-    shutil.copytree(HERE, folder, ignore=ignored)
+    shutil.copytree(HERE, folder, ignore=shutil.ignore_patterns('.*', 'out*', '*.bin', 'meta.json'))
     (folder / 'qa.jsonl').write_text((json.dumps(PAIR) + '\n') * 50)
     for name in ('my_texts', 'more_texts'):
         (folder / name).mkdir()
