@@ -46,7 +46,7 @@ init_from = ''      # a run's folder, a checkpoint, or gpt2-xl; '': random weigh
 # speed
 rival = ''          # measure this instead: a checkout of nanoGPT
 vs = ''             # measure both this code and a checkout of nanoGPT, interleaved
-batch_size = 0      # sequences side by side; 0: 1 for generate, otherwise 8
+batch_size = 0      # sequences side by side; 0: 8 for train, 1 for generate
 repeats = 5         # number of measurements; their median is reported
 profile = False     # train, generate: print where the time goes, and write trace.json
 optimizer = 'adamw'  # train: 'adamw' or 'muon'
@@ -64,7 +64,7 @@ plot = ''           # picture to write, such as curves.png; '': draw in the term
 # system
 seed = 1337
 device = 'auto'     # 'cpu', 'cuda', 'cuda:1', 'mps'; auto: the best available
-dtype = 'auto'      # 'float32', 'bfloat16', 'float16'; auto: bfloat16 on a GPU, for quality float32
+dtype = 'auto'      # 'float32', 'bfloat16', 'float16'; auto: as in train.py, for quality float32
 compile = 'auto'    # torch.compile: True, False; auto: on CUDA
 quantize = ''       # 'int8': 8-bit arithmetic on a CPU, for all tasks but train
 
@@ -74,17 +74,19 @@ HELLASWAG = 'https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hell
 
 settings = configure(globals())
 check(settings, "task in ('train', 'generate', 'hellaswag', 'loss', 'curves')", 'repeats > 0', 'steps > 0',
-      'new_tokens > 1', "optimizer in ('adamw', 'muon')", "axis in ('steps', 'tokens', 'seconds')")
+      'new_tokens > 1', 'stride >= 0', "optimizer in ('adamw', 'muon')",
+      "axis in ('steps', 'tokens', 'seconds')", "quantize in ('', 'int8')")
 config = config_from_settings(settings)
 rank = int(os.environ.get('RANK', 0))
 world_size = int(os.environ.get('WORLD_SIZE', 1))
 device = resolve_device(device)
 device_type = device.partition(':')[0]
-machine = torch.cuda.get_device_name(device) if device_type == 'cuda' else device
 if not rival:
     keep_memory()
 torch.manual_seed(seed)
-if world_size > 1 and not vs:
+if (vs or rival) and (init_from or world_size > 1 or task not in ('train', 'generate')):
+    raise UserError('a rival is for train and generate, without init_from or torchrun')
+if world_size > 1:
     dist.init_process_group('cpu:gloo,cuda:nccl' if device_type == 'cuda' else 'gloo')
 if rank > 0:
     sys.stdout = open(os.devnull, 'w')
@@ -290,7 +292,7 @@ def read_ids(tok, spec):
         return np.fromfile(source, meta['dtype'])
     files = locate(source, os.path.join(DATA, task))
     ids = np.concatenate([ids for ids, _ in encode_files(files, tok)])
-    return ids[:-1] if ids[-1:] == tok.eot else ids  # do not score the end of the last document
+    return ids[:-1] if len(ids) and ids[-1] == tok.eot else ids  # without the end of the last document
 
 
 @torch.no_grad()
@@ -381,7 +383,6 @@ def draw_picture(curves, low, high):
         axes.plot(*zip(*points['train'], strict=True), color=f'C{number}', alpha=0.3)
         axes.plot(*zip(*points['val'], strict=True), color=f'C{number}', marker='o', label=name)
     axes.set(title='val loss (faint: train loss)', xlabel=axis, ylabel='loss', ylim=(low, high))
-    axes.xaxis.set_major_formatter('{x:,.0f}')
     axes.legend()
     figure.savefig(plot, dpi=100)
     print(f'wrote {plot}')
@@ -418,6 +419,7 @@ for name, value in result.items():
               f'{min(value):,.2f} to {max(value):,.2f}')
     elif not vs:
         print(f'{name:<20}{value:,.4f}' if isinstance(value, float) else f'{name:<20}{value}')
+machine = torch.cuda.get_device_name(device) if device_type == 'cuda' else device
 print(json.dumps(dict(task=task, model=init_from, device=machine, **result)), flush=True)
 if world_size > 1:  # wait for all ranks; os._exit skips the shutdown of gloo's threads
     dist.barrier()

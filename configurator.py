@@ -181,7 +181,7 @@ def resolve_device(device):
 
 
 def resolve_dtype(dtype, device):
-    """The dtype to compute in. 'auto' is float32 on a CPU, where bfloat16 is slower on many."""
+    """The dtype to compute in. 'auto' is float32 on a CPU, as bfloat16 is slower on many."""
     import torch
     if dtype == 'auto':
         dtype = 'float32'

@@ -7,7 +7,6 @@ stacks blocks between an embedding and a head. Then optimizers, fast layers for
 CPUs, checkpoints in and out. Run it to see a model laid out:
 
 $ python model.py                                  # GPT-2 124M
-$ python model.py --n_layer=24 --n_head=16 --n_embd=1024 --batch_size=4
 $ python model.py --init_from=out-shakespeare --trace="To be" --layer=1 --head=1
 $ python model.py --init_from=out-plain --export_dir=out-plain-hf
 """
@@ -57,12 +56,11 @@ class GPTConfig:
 
 def config_from_settings(settings, **changes):
     """The GPTConfig that a script's settings describe."""
-    names = [f.name for f in fields(GPTConfig) if f.name in settings]
-    return GPTConfig(**{name: settings[name] for name in names} | changes)
+    return GPTConfig(**{f.name: settings[f.name] for f in fields(GPTConfig) if f.name in settings} | changes)
 
 
 class KVCache:
-    """The keys and values of one layer for the tokens so far, so that generating a token costs
+    """The keys and values of one layer for the tokens so far, so that a step of generation computes
     one token. A prompt comes first, then one token at a time."""
 
     def __init__(self, config, rows, length, weight):
@@ -82,8 +80,8 @@ class KVCache:
 
 def rotate(x, rotation):
     """Rotary positions: rotate each pair (x[i], x[i + half]) of a query or key by an angle
-    proportional to its position. The product q k then depends only on the distance between the
-    two tokens."""
+    proportional to its position. The product q k then depends on positions only through the
+    distance between the two tokens."""
     cos, sin = rotation
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)
@@ -334,8 +332,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, checkpoint, **changes):
-        """The model in a checkpoint, with changes to its config, such as another dropout or a
-        smaller block_size."""
+        """The model in a checkpoint, with changes to its config: a dropout, a smaller block_size."""
         try:
             config = GPTConfig(**checkpoint['model_args'] | changes)
             weights = {name: w.float() for name, w in checkpoint['model'].items()}
@@ -624,10 +621,10 @@ def load_checkpoint(source):
     """Load a checkpoint to the CPU: the weights (model), model_args, tokenizer, and what train.py
     needs to resume. The source is the folder of a run (its best.pt, else ckpt.pt), a file that
     train.py or nanoGPT saved, or what from_pretrained takes. Loading it cannot run code."""
-    has_config = os.path.exists(os.path.join(source, 'config.json'))
-    if source in PRETRAINED or source.endswith('.safetensors') or has_config:
-        return load_pretrained(source)
     path = Path(source)
+    exported = (path / 'config.json').exists() and not (path / 'ckpt.pt').exists()
+    if source in PRETRAINED or source.endswith('.safetensors') or exported:
+        return load_pretrained(source)
     if path.is_dir():
         best = path / 'best.pt'
         path = best if best.exists() else path / 'ckpt.pt'
@@ -721,8 +718,8 @@ PURPOSES = dict(
 
 @torch.no_grad()
 def show_pass(model, idx, layer=0):
-    """Run a forward pass, and print every module outside the blocks and in one of them. Returns
-    {name: (module, arguments, output)}, in order of completion."""
+    """Run a forward pass, and print the modules outside the blocks and in one of them. Returns
+    {name: (module, arguments, output)} of all, in order of completion."""
     names = {module: name.removeprefix('transformer.') for name, module in model.named_modules()}
     records = {}
 
@@ -815,6 +812,7 @@ if __name__ == '__main__':
     elif export_onnx:
         to_onnx(model, export_onnx)
     elif trace:
+        check(settings, f'layer in range({config.n_layer})', f'head in range({config.n_head})')
         trace_text(model, get_tokenizer(checkpoint['tokenizer']), trace, layer, head)
     else:
         print_layout(config, batch_size)

@@ -1,7 +1,7 @@
 """
 Turn text into tokens: data/NAME/train.bin and val.bin (raw uint8 or uint16 ids)
 and meta.json (the tokenizer and the counts). For conversations it also writes
-train.mask and val.mask: 1 for a token that the loss counts, 0 for another.
+train.mask and val.mask: 1 for a token that the loss counts, 0 for others.
 
 $ python prepare.py --dataset=shakespeare_char  # the embedded text, by chars
 $ python prepare.py --dataset=shakespeare       # the same in GPT-2's tokens
@@ -43,7 +43,7 @@ from configurator import UserError, check, configure, optional
 
 dataset = 'shakespeare_char'  # a dataset of the table in this file, or a new name with --source
 source = ''         # file, folder or https address of the text; '': the dataset's own
-tokenizer = ''      # char, gpt2, bpe, a run or a dataset; '': the dataset's own, or gpt2
+tokenizer = ''      # char, gpt2, bpe, a run, checkpoint or dataset; '': the dataset's own, or gpt2
 vocab_size = 4096   # vocabulary size of a bpe tokenizer
 val_fraction = 0.0  # fraction of tokens held out, from the end; 0: the dataset's own, or 0.1
 shards = 0          # number of shards to download of a large dataset; 0: all
@@ -95,7 +95,7 @@ class CharTokenizer:
         ids = self.ids.take(code_points(text))
         if len(ids) and ids.max() == self.n_vocab:
             unknown = ' '.join(map(repr, sorted(set(text) - set(self.chars))[:20]))
-            raise UserError(f'unknown to the tokenizer: {unknown}; remove from the text')
+            raise UserError(f'unknown to the tokenizer: {unknown}: remove them from the text')
         return ids
 
     def decode_bytes(self, ids):
@@ -286,7 +286,7 @@ def read_file(stream, path):
 def read_record(record):
     """The pieces of a line of JSON: a text, or a conversation up to its last answer."""
     if 'messages' not in record and 'completion' not in record:
-        return [(record['text'] or '', True, True)]
+        return [('' + (record['text'] or ''), True, True)]
     messages = record.get('messages') or [dict(role='user', content=record['prompt']),
                                           dict(role='assistant', content=record['completion'])]
     pieces = []
@@ -361,17 +361,18 @@ def download(url, path, sha256=None):
         print(f'downloading {url}', file=sys.stderr)
         for pause in PAUSES:
             try:
-                sha256 = fetch(url, part) or sha256
+                sent = fetch(url, part)
                 break
             except requests.RequestException as error:
                 reason = error
                 time.sleep(pause)
         else:
             raise UserError(f'{url}: {reason}: run the same command again to resume')
+        expected = sha256 or sent
         actual = hashlib.sha256(np.memmap(part, np.uint8, 'r')).hexdigest()
-        if sha256 and sha256 != actual:
+        if expected and expected != actual:
             os.remove(part)
-            raise UserError(f'{url}: the sha256 is {actual}, not {sha256}: try again')
+            raise UserError(f'{url}: the sha256 is {actual}, not {expected}: try again')
         os.replace(part, path)
 
 
@@ -380,11 +381,11 @@ def fetch(url, part):
     start = os.path.getsize(part) if os.path.exists(part) else 0
     headers = {'Accept-Encoding': 'identity', 'Range': f'bytes={start}-'}
     with requests.get(url, headers=headers, stream=True, timeout=(10, 60)) as reply:
-        if not reply.url.startswith(('https://', 'http://127.0.0.1')):
+        if not reply.url.startswith(('https://', 'http://127.0.0.1:')):
             raise UserError(f'{reply.url} is not secure: use https')
         if reply.status_code == 404 or reply.ok and 'text/html' in reply.headers.get('Content-Type', ''):
             raise UserError(f'{url} is not a file ({reply.status_code} {reply.reason}): check the address')
-        if reply.status_code == 416:  # part is not a part of this file
+        if reply.status_code == 416:  # the partial file does not belong to this one
             os.remove(part)
         reply.raise_for_status()
         if reply.status_code == 200:  # the whole file
@@ -405,7 +406,7 @@ def fetch(url, part):
 
 
 def prepare(dataset, source='', tokenizer='', vocab_size=4096, val_fraction=0.0, shards=0):
-    """Write the bins and meta.json of a dataset that is in DATASETS or has a source. Returns meta."""
+    """Write the bins and meta.json of a dataset that is in DATASETS or has a source."""
     row = DATASETS.get(dataset, {})
     if row and source not in ('', row['source']):
         raise UserError(f'dataset={dataset!r} has its own source: use another name, --dataset=NAME')
@@ -459,7 +460,6 @@ def prepare(dataset, source='', tokenizer='', vocab_size=4096, val_fraction=0.0,
     print(f'{folder}: {n_train:,} tokens for training, {n_tokens - n_train:,} for validation, '
           f'vocabulary {tok.n_vocab:,} ({spec["type"]}), {dtype.name}')
     lock.close()
-    return meta
 
 
 def make_spec(tokenizer, files, vocab_size):
@@ -473,7 +473,7 @@ def make_spec(tokenizer, files, vocab_size):
         return dict(type='char', chars=''.join(map(chr, np.flatnonzero(seen))))
     if tokenizer == 'bpe':
         import regex  # installed with tiktoken
-        check(dict(vocab_size=vocab_size), 'vocab_size > 257')  # 256 bytes and the end of text
+        check(dict(vocab_size=vocab_size), 'vocab_size > 257', 'vocab_size <= 65536')
         words = Counter()
         n_chars = 0
         for text, *_ in read(files, 'words'):
@@ -491,7 +491,8 @@ def make_spec(tokenizer, files, vocab_size):
     path = tokenizer if os.path.isfile(tokenizer) else os.path.join(tokenizer, 'ckpt.pt')
     if os.path.isfile(path):
         import torch  # only here, as it takes seconds
-        return torch.load(path, map_location='cpu', weights_only=True)['tokenizer']
+        if spec := torch.load(path, map_location='cpu', weights_only=True).get('tokenizer'):
+            return spec
     raise UserError(f'tokenizer={tokenizer!r} is not char, bpe, gpt2, a dataset, a run or a checkpoint')
 
 

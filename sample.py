@@ -92,13 +92,13 @@ def write_samples(ids, prompt, num_samples):
     idx = torch.tensor([ids] * num_samples, device=device)
     try:
         for tokens in model.stream(idx, max_new_tokens, temperature, top_k, top_p, tok.n_vocab):
+            count += sum(not stream.ended for stream in streams)
             for i, token in enumerate(tokens.tolist()):
                 is_end = token == tok.eot
                 text = streams[i].feed(b'' if is_end else tok.decode_bytes([token]), final=is_end)
                 texts[i] += text
                 if i == 0:
                     print(text, end='', flush=True)
-            count += num_samples
             if all(stream.ended for stream in streams):
                 break
     except KeyboardInterrupt:  # Ctrl-C ends the text, not the session
@@ -119,7 +119,7 @@ def write_samples(ids, prompt, num_samples):
 
 def continue_text(prompt, num_samples):
     ids = tok.encode(prompt, special=True).tolist()
-    write_samples(ids or [tok.eot or 0], prompt, num_samples)  # or the end of a text, or the first character
+    write_samples(ids or [tok.eot or 0], prompt, num_samples)  # or the end of a text
 
 
 def answer(question, turns, system):
@@ -159,18 +159,14 @@ def converse(system):
 
 
 checkpoint = load_checkpoint(out_dir if init_from == 'resume' else init_from)
-form = checkpoint.get('chat')  # of conversations, if the model had them for training
+form = checkpoint.get('chat')  # how conversations are written, if it was trained on them
 if interactive and (start == '-' or start and not form):
     raise UserError(f'start={start!r}, but with interactive=True prompts come from stdin: leave it out')
 model = GPT.from_checkpoint(checkpoint, dropout=0.0)
 tok = get_tokenizer(checkpoint['tokenizer'])
 device = resolve_device(device)
 dtype = resolve_dtype(dtype, device)
-trained = ''
-if checkpoint['config']:
-    trained = f"step {checkpoint['iter_num']}, val loss {checkpoint['best_val_loss']:.4f}, "
-print(f"{checkpoint['path']}: {trained}{model.num_params():,} parameters, on {device} in {dtype}",
-      file=sys.stderr)
+print(f"{checkpoint['path']}: {model.num_params():,} parameters, on {device} in {dtype}", file=sys.stderr)
 model.to(device, getattr(torch, dtype)).eval()
 optimize_for_generation(model, quantize == 'int8')
 torch.manual_seed(seed)

@@ -42,8 +42,8 @@ eval_interval = 2000      # steps between evaluations, which also save
 eval_iters = 200          # maximum number of batches (of batch_size) in an evaluation
 eval_only = False         # evaluate once and exit
 log_interval = 1          # steps between log lines
-sample_interval = 0       # steps between text samples, a multiple of eval_interval; 0: never
-always_save_checkpoint = True  # False: evaluations save ckpt.pt only when the val loss improves
+sample_interval = 0       # steps between text samples, at evaluations; 0: never
+always_save_checkpoint = True  # False: save ckpt.pt only at the end and when the val loss improves
 save_interval = 0.0       # minutes between saves, besides those of evaluations; 0: off
 wandb_log = False         # log to Weights & Biases
 wandb_project = 'owt'
@@ -88,7 +88,7 @@ timeout = 30.0            # minutes to wait for another process before giving up
 
 config = configure(globals())
 check(config, 'eval_interval > 0', 'eval_iters > 0', 'log_interval > 0', 'batch_size > 0',
-      'gradient_accumulation_steps > 0', 'seed >= 0', "optimizer in ('adamw', 'muon')",
+      'gradient_accumulation_steps > 0', 'seed >= 0', 'grad_clip >= 0', "optimizer in ('adamw', 'muon')",
       "lr_schedule in ('cosine', 'linear')", "parallel in ('ddp', 'fsdp')",
       "compile in (True, False, 'auto')")
 if decay_lr and lr_schedule == 'cosine' and min_lr > learning_rate:
@@ -120,17 +120,16 @@ if ddp:
     dist.init_process_group(f'cpu:gloo,cuda:{backend}' if device_type == 'cuda' else 'gloo',
                             timeout=datetime.timedelta(minutes=timeout))
 if gradient_accumulation_steps % world_size:
-    multiple = math.ceil(gradient_accumulation_steps / world_size) * world_size
-    raise UserError(f'gradient_accumulation_steps={gradient_accumulation_steps} is not a '
-                    f'multiple of the {world_size} processes: use {multiple}')
+    raise UserError(f'gradient_accumulation_steps={gradient_accumulation_steps} must be a multiple of '
+                    f'the {world_size} processes')
 micro_steps = gradient_accumulation_steps // world_size
 
 # -- data -------------------------------------------------------------------------
 
 ckpt_path = os.path.join(out_dir, 'ckpt.pt')
-if rank == 0:  # prepares, downloads and decides; the others wait
+if rank == 0:  # prepares the embedded text and decides; the others wait
     if not eval_only:
-        run_lock = lock_folder(out_dir)
+        run_lock = lock_folder(out_dir)  # until the process ends
     load_dataset(dataset)
     if init_from == 'auto':
         init_from = 'resume' if os.path.exists(ckpt_path) else 'scratch'
@@ -166,8 +165,8 @@ else:
             print0(f'{path} sets {name}={value!r}')
             config[name] = value
 raw_model.recompute_activations = activation_checkpointing
-starts = {split: meta[f'{split}_tokens'] - block_size for split in bins}  # where windows can start
-for split, count in starts.items():
+n_starts = {split: meta[f'{split}_tokens'] - block_size for split in bins}  # places where windows can start
+for split, count in n_starts.items():
     if count < 1:
         raise UserError(f"{paths[split]} has {meta[f'{split}_tokens']:,} tokens, too few for a "
                         f'block_size of {block_size}: use a longer text or a smaller block_size')
@@ -181,7 +180,7 @@ tokens_per_step = gradient_accumulation_steps * batch_size * block_size
 flops_per_step = raw_model.flops_per_token() * tokens_per_step
 print0(f'{raw_model.num_params():,} parameters on {device} in {dtype}, '
        f'{optimizer} with learning rate {learning_rate}')
-print0(f'{tokens_per_step:,} tokens per step, {starts["train"] / tokens_per_step:,.1f} steps per epoch, '
+print0(f'{tokens_per_step:,} tokens per step, {n_starts["train"] / tokens_per_step:,.1f} steps per epoch, '
        f'{world_size} process{"es" if world_size > 1 else ""}')
 
 if compile == 'auto':
@@ -218,7 +217,8 @@ elapsed = 0.0  # seconds of training before this process started
 wandb_id = None
 if resume:  # with the data and dropout of each step, this makes a resumed run exact
     iter_num = checkpoint['iter_num']
-    if checkpoint['config'].get('dataset') == dataset:
+    has_best = os.path.exists(os.path.join(out_dir, 'best.pt'))
+    if has_best and checkpoint['config'].get('dataset') == dataset:
         best_val_loss = checkpoint['best_val_loss']
     elapsed = checkpoint.get('elapsed', 0.0)
     wandb_id = checkpoint.get('wandb_id')
@@ -226,8 +226,6 @@ if resume:  # with the data and dropout of each step, this makes a resumed run e
     for name, value in checkpoint['config'].items():
         if name != 'init_from' and config.get(name, value) != value:
             print0(f'changed setting: {name} {value!r} -> {config[name]!r}')
-    if iter_num >= max_iters and not eval_only:
-        print0(f'all max_iters={max_iters} steps are done: raise max_iters and lr_decay_iters')
     if checkpoint.get('scaler'):
         scaler.load_state_dict(checkpoint['scaler'])
 if resume and iter_num > 0:
@@ -248,9 +246,9 @@ checkpoint = fresh = None  # free their memory
 windows_per_step = gradient_accumulation_steps * batch_size
 
 
-def load_batch(split, first):
-    """The inputs and targets of the windows that start at first."""
-    batch = torch.from_numpy(load_windows(bins[split], meta['dtype'], first, block_size, masks[split]))
+def load_batch(split, starts):
+    """The inputs and targets of windows."""
+    batch = torch.from_numpy(load_windows(bins[split], meta['dtype'], starts, block_size, masks[split]))
     if device_type == 'cuda':
         return batch.pin_memory().to(device, non_blocking=True)  # copies while the GPU computes
     return batch.to(device)
@@ -260,15 +258,15 @@ def get_batch(step):
     """This rank's micro-batches of a step, a pure function of (seed, step): its slice of the
     global batch, which is the same for any number of processes. Each is (inputs, targets,
     weight). The weights make the loss a mean over all targets of the global batch."""
-    first = shuffled_windows(starts['train'], block_size, seed, step * windows_per_step, windows_per_step)
-    first = first.reshape(world_size, micro_steps, batch_size)
+    starts = shuffled_windows(n_starts['train'], block_size, seed, step * windows_per_step, windows_per_step)
+    starts = starts.reshape(world_size, micro_steps, batch_size)
     weights = np.full(micro_steps, 1 / micro_steps)
     if masks['train']:
         mask = np.memmap(masks['train'], np.uint8, 'r')
-        counted = mask[first[..., None] + np.arange(1, block_size + 1)].sum(axis=(2, 3))
+        counted = mask[starts[..., None] + np.arange(1, block_size + 1)].sum(axis=(2, 3))
         weights = counted[rank] / max(1, counted.sum()) * world_size  # the ranks' gradients are averaged
     return [(*load_batch('train', micro_batch), weight)
-            for micro_batch, weight in zip(first[rank], weights.tolist(), strict=True)]
+            for micro_batch, weight in zip(starts[rank], weights.tolist(), strict=True)]
 
 
 # -- signals ----------------------------------------------------------------------
@@ -310,16 +308,16 @@ if not eval_only:
 def estimate_loss(split):
     """Mean loss over windows spread evenly over the split, the same each time. Every rank
     evaluates its share. A signal cuts it short: torchrun kills workers 30 seconds later."""
-    count = max(1, min(eval_iters, math.ceil(starts[split] / block_size) // batch_size))
-    first = np.linspace(0, starts[split] - 1, count * batch_size).astype(np.int64)
-    first = first.reshape(count, batch_size)
+    count = max(1, min(eval_iters, math.ceil(n_starts[split] / block_size) // batch_size))
+    starts = np.linspace(0, n_starts[split] - 1, count * batch_size).astype(np.int64)
+    starts = starts.reshape(count, batch_size)
     sums = []  # of losses, and of the targets that count
     raw_model.eval()
     for i in range(rank, math.ceil(count / world_size) * world_size, world_size):
         if stop_signal():
             return math.nan
         # some ranks repeat a batch at the end, since FSDP needs all ranks in every forward pass
-        x, y = load_batch(split, first[i % count])
+        x, y = load_batch(split, starts[i % count])
         with autocast:
             _, loss = raw_model(x, y)
         counted = (y >= 0).sum().float()
@@ -333,7 +331,7 @@ def estimate_loss(split):
 
 
 def print_sample():
-    """Print generated text that follows the end of a text, or the first character."""
+    """Print generated text that follows the end of a text or the vocabulary's first character."""
     tok = get_tokenizer(meta['tokenizer'])
     start = torch.tensor([[tok.eot or 0]], device=device)
     raw_model.eval()
@@ -388,6 +386,7 @@ def save(name, optimizers):
     weights, optimizer_state = whole.get_state_dict(raw_model, optimizers, options=full)
     if rank > 0:
         return
+    weights['lm_head.weight'] = weights['transformer.wte.weight']  # tied: stored once
     checkpoint = dict(
         model=weights, model_args=vars(raw_model.config), config=config, tokenizer=meta['tokenizer'],
         chat=meta.get('chat'), iter_num=iter_num, best_val_loss=best_val_loss,
@@ -458,7 +457,7 @@ while True:
     if iter_num >= max_iters:
         break
 
-    # learning rate and dropout depend on the step alone, so that a resumed run repeats them
+    # learning rate and dropout depend on the step, not on earlier ones: a resumed run repeats them
     lr = get_lr(iter_num)
     for opt in optimizers:
         for group in opt.param_groups:
@@ -522,7 +521,8 @@ while True:
     save_due = time.time() - saved_time > save_interval * 60
     if stop or save_interval and max_over_ranks(save_due):
         save_all()
-        saved_time = time.time()
+        saved_time = logged_time = time.time()
+        logged_iter = iter_num
     if stop:
         break
 

@@ -6,8 +6,8 @@
 
 out_dir = 'out-shakespeare-gpt2'
 dataset = 'shakespeare'  # the embedded text with GPT-2's tokenizer, prepared automatically
-# Training gpt2 takes at least 3 GB of memory, gpt2-xl 31 GB. For other models, run
-# python model.py --init_from=gpt2-large --batch_size=1
+# Weights, gradients and AdamW take 2 GB of memory for gpt2, 25 GB for gpt2-xl; python model.py
+# prints them for any size. The activations come on top.
 init_from = 'gpt2'       # or 'gpt2-medium', 'gpt2-large', 'gpt2-xl'
 
 # 32 sequences x 1,024 tokens a step, one at a time to save memory: about 9 steps an epoch

@@ -12,7 +12,7 @@ wandb_run_name = 'gpt2-124M'
 # 12 sequences x 1,024 tokens x 40 micro-batches = 491,520 tokens a step, about as many as GPT-2's
 # half a million. 1, 2, 4, 5, 8, 10, 20 or 40 processes can share the micro-batches: with fewer
 # GPUs the run is the same, but slower.
-batch_size = 12          # takes at least 8 GB of GPU memory (python model.py --batch_size=12)
+batch_size = 12
 block_size = 1024
 gradient_accumulation_steps = 5 * 8
 
