@@ -247,7 +247,7 @@ def read(files, what):
                     yield piece
                     progress((done + file.tell()) / 1e6)
             except (OSError, EOFError, ValueError) as error:
-                raise UserError(f'{path} is damaged or not UTF-8 ({error}): replace or convert it') from None
+                raise UserError(f'{path} is damaged or not UTF-8 ({error}): replace it') from None
         done += os.path.getsize(path)
 
 
@@ -266,7 +266,7 @@ def read_file(stream, path):
         while block := stream.read(1 << 19):
             ids = np.frombuffer(block, '<u2')
             if ids.max() >= GPT2_VOCAB:
-                raise UserError(f'{path} holds the id {ids.max()}, but GPT-2 has {GPT2_VOCAB:,}: replace it')
+                raise UserError(f'{path} holds the id {ids.max()}, but GPT-2 has {GPT2_VOCAB:,}')
             yield ids, True, False
     elif name.endswith('.jsonl'):
         for number, line in enumerate(stream, 1):
@@ -314,7 +314,7 @@ def locate(source, folder):
     """The files of a source. An https address is downloaded to folder/download."""
     if re.match('https?://', source):
         name = re.split('[?#]', source)[0].rpartition('/')[2] or 'source.txt'
-        prefix = hashlib.sha256(source.encode()).hexdigest()[:8]  # another address may have the same name
+        prefix = hashlib.sha256(source.encode()).hexdigest()[:8]  # addresses may share a name
         path = os.path.join(folder, 'download', f'{prefix}-{name}')
         download(source, path)
         return [path]
@@ -411,7 +411,7 @@ def prepare(dataset, source='', tokenizer='', vocab_size=4096, val_fraction=0.0,
     if row and source not in ('', row['source']):
         raise UserError(f'dataset={dataset!r} has its own source: use another name, --dataset=NAME')
     if not row and not source:
-        raise UserError(f'unknown dataset={dataset!r}: choose {", ".join(DATASETS)} or add --source')
+        raise UserError(f'unknown dataset={dataset!r}: use {", ".join(DATASETS)} or add --source')
     source = source or row['source']
     tokenizer = tokenizer or row.get('tokenizer', 'gpt2')
     val_fraction = val_fraction or row.get('val_fraction', 0.1)

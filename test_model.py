@@ -1579,8 +1579,8 @@ def test_every_command_of_the_readme_runs(tmp_path):
     """In the order of the README, in a fresh clone whose path has a space, with every warning an
     error. Left out are downloads and torchrun; training takes two steps."""
     readme = (HERE / 'README.md').read_text(encoding='utf-8')
-    readme = readme.replace('--tokenizer=gpt2', '--tokenizer=char')
-    readme = readme.replace('finetune_qa.py', f'finetune_qa.py --init_from=scratch --block_size=64 {" ".join(SHAPE[:3])}')
+    qa = ' '.join(['finetune_qa.py', '--init_from=scratch', *SHAPE[:3], '--block_size=64'])
+    readme = readme.replace('--tokenizer=gpt2', '--tokenizer=char').replace('finetune_qa.py', qa)
     blocks = re.findall(r'```sh\n(.*?)```', readme, re.DOTALL)
     lines = ''.join(blocks).replace('\\\n', ' ').splitlines()
     excluded = 'pip |llama|torchrun|git |gpt2|nanoGPT|transformers|fineweb|openwebtext|--vs'
