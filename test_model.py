@@ -703,7 +703,7 @@ def test_bad_conversations_are_refused(data, tmp_path):
 def test_every_answered_token_counts_the_same(start, tmp_path):
     """Micro-batches have few, many or no tokens of answers. The loss, its gradient and the val loss
     are means over all those tokens, for one process and for two."""
-    (train, val), (mask, val_mask) = conversations(tmp_path, 'char', RECORDS * 30)
+    (train, val), (mask, val_mask) = conversations(tmp_path, 'char', RECORDS * 12)
     args = [*TINY, f'--dataset={tmp_path}/qa', '--dropout=0.0', '--gradient_accumulation_steps=8',
             '--batch_size=1', '--eval_iters=10000']
     main('train.py', *args, f'--out_dir={tmp_path}/untrained', '--max_iters=0')
@@ -941,12 +941,11 @@ def test_a_new_setting_is_neither_ignored_nor_exported_as_gpt2(monkeypatch, tmp_
         refuses(f'cannot hold {name}={value!r}', model.to_huggingface, checkpoint, str(tmp_path))
 
 
-@pytest.mark.parametrize('flags', [FLAGS[0], FLAGS[-1]], ids=str)
-def test_onnx(flags, tmp_path):
+def test_onnx(tmp_path):
     """An ONNX runtime computes the same logits for any batch size and length."""
     pytest.importorskip('onnxscript')
     runtime = pytest.importorskip('onnxruntime')
-    ours, path = tiny(**flags), str(tmp_path / 'model.onnx')
+    ours, path = tiny(**FLAGS[-1]), str(tmp_path / 'model.onnx')
     model.to_onnx(ours, path)
     session = runtime.InferenceSession(path, providers=['CPUExecutionProvider'])
     for shape in ((1, 1), (3, 7), (2, 16)):
@@ -1120,7 +1119,7 @@ def test_auto_starts_and_then_resumes(data, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize('optimizer, stop', [('adamw', signal.SIGINT), ('muon', signal.SIGKILL)])
-def test_a_stopped_run_resumes_exactly(optimizer, stop, start, data, tmp_path):
+def test_a_stopped_run_resumes_exactly(optimizer, stop, start, data, tmp_path, capsys):
     """Ctrl-C saves and says how to resume; a kill loses the steps since the last save. The rest
     has the losses and weights of a run that was never stopped, to the last bit."""
     never, out = tmp_path / 'never', tmp_path / 'out'
@@ -1137,8 +1136,8 @@ def test_a_stopped_run_resumes_exactly(optimizer, stop, start, data, tmp_path):
         assert '--init_from=resume' in output and process.returncode == 130
     step = read_checkpoint(out)['iter_num']
     assert 10 <= step < 60
-    resumed = command('train.py', *args, '--init_from=resume')
-    assert resumed.returncode == 0 and f'at step {step}' in resumed.stdout, resumed.stderr
+    main('train.py', *args, '--init_from=resume')
+    assert f'at step {step}\n' in capsys.readouterr().out
     assert_same_run(out, never)
 
 
@@ -1313,10 +1312,10 @@ def test_sampling(run, device, capsys):
     texts = output.out.split('---------------\n')
     assert [(len(text), text[:4]) for text in texts] == [(45, 'KING')] * 2
     stop = texts[0][20]
-    stopped = command('sample.py', *args, '--start=-', f'--stop={stop}', input='KING').stdout
-    assert stopped.startswith(texts[0][:texts[0].index(stop, 4)] + '\n---')
-    shell = shlex.join([sys.executable, str(HERE / 'sample.py'), *args, '--start=KING'])
-    piped = subprocess.run(f'{shell} | head -c 20', shell=True, capture_output=True, text=True)
+    main('sample.py', *args, '--start=KING', f'--stop={stop}')
+    assert capsys.readouterr().out.startswith(texts[0][:texts[0].index(stop, 4)] + '\n---')
+    shell = shlex.join([sys.executable, str(HERE / 'sample.py'), *args, '--start=-'])
+    piped = subprocess.run(f'printf KING | {shell} | head -c 20', shell=True, capture_output=True, text=True)
     assert piped.stdout == output.out[:20] and 'rror' not in piped.stderr
 
 
@@ -1579,12 +1578,13 @@ def test_every_command_of_the_readme_runs(tmp_path):
     """In the order of the README, in a fresh clone whose path has a space, with every warning an
     error. Left out are downloads and torchrun; training takes two steps."""
     readme = (HERE / 'README.md').read_text(encoding='utf-8')
-    qa = ' '.join(['finetune_qa.py', '--init_from=scratch', *SHAPE[:3], '--block_size=64'])
+    qa = 'finetune_qa.py --init_from=scratch --block_size=64'
     readme = readme.replace('--tokenizer=gpt2', '--tokenizer=char').replace('finetune_qa.py', qa)
     blocks = re.findall(r'```sh\n(.*?)```', readme, re.DOTALL)
     lines = ''.join(blocks).replace('\\\n', ' ').splitlines()
     excluded = 'pip |llama|torchrun|git |gpt2|nanoGPT|transformers|fineweb|openwebtext|--vs'
-    short = {'train.py': ['--device=cpu', '--max_iters=2', '--lr_decay_iters=2', '--eval_iters=1'],
+    short = {'train.py': [*SHAPE[:3], '--device=cpu', '--max_iters=2', '--lr_decay_iters=2',
+                          '--eval_iters=1'],
              'bench.py': ['--device=cpu'], 'sample.py': ['--device=cpu', '--max_new_tokens=3']}
     commands = [(line, shlex.split(line, comments=True)) for line in lines if not re.search(excluded, line)]
     commands = [(line, args + short.get(args[1], [])) for line, args in commands if args]
