@@ -51,7 +51,8 @@ class GPTConfig:
               'dropout >= 0', 'dropout < 1', f'activation in {tuple(ACTIVATIONS)}')
         if self.n_embd % self.n_head:
             raise UserError(f'n_embd={self.n_embd} is not divisible by n_head={self.n_head}')
-        assert not self.rope or self.n_embd // self.n_head % 2 == 0, 'rope needs an even head size'
+        if self.rope and self.n_embd // self.n_head % 2:
+            raise UserError(f'rope needs an even n_embd / n_head, not {self.n_embd // self.n_head}')
 
 
 def config_from_settings(settings, **changes):
@@ -582,8 +583,8 @@ def load_pretrained(source):
 
 
 def from_nanogpt(checkpoint, path):
-    """The entries of a nanoGPT checkpoint that differ from ours. nanoGPT does not store the
-    tokenizer: it is GPT-2's, or in the dataset's meta.pkl, in DATA or beside the checkpoint."""
+    """The entries of a nanoGPT checkpoint that differ from ours. It does not store the tokenizer:
+    that is GPT-2's, or in the dataset's meta.pkl, in DATA or beside the checkpoint."""
     vocab_size = checkpoint['model_args']['vocab_size']
     dataset = os.path.basename(checkpoint['config']['dataset'])
     ours = os.path.join(DATA, dataset)
@@ -598,9 +599,9 @@ def from_nanogpt(checkpoint, path):
     # its optimizer numbers the parameters: matrices, then vectors, without the tied head
     names = [name for name in weights if name != 'lm_head.weight']
     names.sort(key=lambda name: weights[name].dim() < 2)
-    optimizer = {names[i]: state for i, state in checkpoint['optimizer']['state'].items()}
-    return dict(model=weights, tokenizer=tokenizer, best_val_loss=float(checkpoint['best_val_loss']),
-                optimizer=optimizer)
+    state = {names[i]: entries for i, entries in checkpoint['optimizer']['state'].items()}
+    loss = float(checkpoint['best_val_loss'])
+    return dict(model=weights, tokenizer=tokenizer, best_val_loss=loss, optimizer=state)
 
 
 def save_checkpoint(checkpoint, path):

@@ -36,9 +36,8 @@ device = 'auto'        # 'cpu', 'cuda', 'cuda:1', 'mps'; auto: the best availabl
 dtype = 'auto'         # 'float32', 'bfloat16', 'float16'; auto: float32 on a CPU
 quantize = ''          # 'int8': 8-bit arithmetic, faster on a CPU
 
-config = configure(globals())
-check(config, 'num_samples > 0', 'max_new_tokens >= 0', 'temperature >= 0', 'top_k >= 0', 'top_p > 0',
-      'top_p <= 1', 'seed >= 0', 'seed < 2**63', "quantize in ('', 'int8')")
+check(configure(globals()), 'num_samples > 0', 'max_new_tokens >= 0', 'temperature >= 0', 'top_k >= 0',
+      'top_p > 0', 'top_p <= 1', 'seed >= 0', 'seed < 2**63', "quantize in ('', 'int8')")
 keep_memory()
 sys.stdout.reconfigure(errors='replace')  # for terminals that lack a character
 if hasattr(signal, 'SIGPIPE'):
@@ -72,7 +71,7 @@ class TextStream:
 def read_prompt():
     """The prompt itself, or what a file or stdin contains."""
     if start == '-' or start.startswith('FILE:'):
-        with open(0 if start == '-' else start[5:], encoding='utf-8') as f:
+        with open(0 if start == '-' else start[5:], encoding='utf-8', errors='replace') as f:
             return f.read()
     return start.replace('\\n', '\n')
 

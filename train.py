@@ -90,7 +90,7 @@ config = configure(globals())
 check(config, 'eval_interval > 0', 'eval_iters > 0', 'log_interval > 0', 'batch_size > 0',
       'gradient_accumulation_steps > 0', 'seed >= 0', 'grad_clip >= 0', "optimizer in ('adamw', 'muon')",
       "lr_schedule in ('cosine', 'linear')", "parallel in ('ddp', 'fsdp')",
-      "compile in (True, False, 'auto')")
+      "compile in (True, False, 'auto')", 'learning_rate >= 0', 'max_iters >= 0')
 if decay_lr and lr_schedule == 'cosine' and min_lr > learning_rate:
     raise UserError(f'min_lr={min_lr} exceeds learning_rate={learning_rate}: lower it')
 keep_memory()
