@@ -47,7 +47,7 @@ FLAGS = [{}, dict(bias=False), dict(rope=True), dict(qk_norm=True), dict(activat
          dict(bias=False, rope=True, qk_norm=True, activation='relu2')]
 ODD_TEXTS = ['', ' ', '\n\n\n', 'plain', "it's   we'll\t\r\n  x", '0123456789 3.14', 'a' * 300,
              ' ' * 300 + 'x', '<|endoftext|>', 'x\x00y\ufeffz', 'e\u0301\u0301', '中文，没有空格。',
-             'नेपाली भाषा — राम्रो छ', '🙂👩‍👩‍👧‍👦 naïve']
+             'नेपाली — राम्रो छ', '🙂👩‍👩‍👧 naïve']
 SHAPE = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=16']
 TINY = SHAPE + '''
     --device=cpu --batch_size=4 --gradient_accumulation_steps=2 --dropout=0.1
