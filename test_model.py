@@ -1180,30 +1180,29 @@ def test_a_compiled_model_is_saved_under_its_own_names(device_type, run, data, t
 
 @linux_only
 def test_a_run_moves_between_one_process_and_many(start, data, tmp_path):
-    """Two processes with FSDP, stopped by SIGTERM; then with DDP, one of which is killed, and which
-    restart; then FSDP with recomputed activations. Losses, norms and evaluations are those of one."""
+    """Two processes with FSDP, one of which is killed, and which restart; then with DDP, stopped by
+    SIGTERM; then one. Losses, norms and evaluations are those of one."""
     one, many = tmp_path / 'one', tmp_path / 'many'
     args = [*TINY, f'--dataset={data}', '--dropout=0.0', '--gradient_accumulation_steps=4',
-            '--lr_decay_iters=40', '--optimizer=muon', '--eval_interval=10']
-    main('train.py', *args, f'--out_dir={one}', '--max_iters=40')
+            '--lr_decay_iters=60', '--optimizer=muon', '--eval_interval=10']
+    main('train.py', *args, f'--out_dir={one}', '--max_iters=60')
     args += [f'--out_dir={many}', '--init_from=auto']
     env = dict(os.environ, TORCH_DISABLE_SHARE_RDZV_TCP_STORE='1')
 
     def run(*more):
         torchrun = '--standalone', '--nproc_per_node=2', '--max-restarts=1'
         return start('train.py', *args, *more, torchrun=torchrun, env=env)
-    process = run('--max_iters=30', '--parallel=fsdp')
-    read_until(process, 'iter 3')
-    process.send_signal(signal.SIGTERM)
-    assert 'stopped by SIGTERM at step' in process.stdout.read() and process.wait(60)
-    process = run('--max_iters=30')
-    read_until(process, 'iter 20')
+    process = run('--max_iters=20', '--parallel=fsdp', '--activation_checkpointing=True')
+    read_until(process, 'iter 10')
     children = Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text()
     os.kill(int(children.split()[1]), signal.SIGKILL)
     output = process.stdout.read()
-    assert process.wait(60) == 0 and f'resuming {many}/ckpt.pt at step 20' in output, output
-    process = run('--max_iters=40', '--parallel=fsdp', '--activation_checkpointing=True')
-    assert 'changed setting: parallel' in process.stdout.read() and process.wait(60) == 0
+    assert process.wait(60) == 0 and f'resuming {many}/ckpt.pt at step 10' in output, output
+    process = run('--max_iters=60')
+    read_until(process, 'iter 21')
+    process.send_signal(signal.SIGTERM)
+    assert 'stopped by SIGTERM at step' in process.stdout.read() and process.wait(60)
+    main('train.py', *args, '--max_iters=60')
     assert_close_losses(one, many, rel=1e-4)
 
 
