@@ -369,8 +369,8 @@ def download(url, path, sha256=None):
         else:
             raise UserError(f'{url}: {reason}: run the same command again to resume')
         expected = sha256 or sent
-        actual = hashlib.sha256(np.memmap(part, np.uint8, 'r')).hexdigest()
-        if expected and expected != actual:
+        actual = expected and hashlib.sha256(np.memmap(part, np.uint8, 'r')).hexdigest()
+        if expected != actual:
             os.remove(part)
             raise UserError(f'{url}: the sha256 is {actual}, not {expected}: try again')
         os.replace(part, path)
