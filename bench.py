@@ -11,6 +11,7 @@ $ python bench.py --task=curves --runs=out-a,out-b --axis=seconds
 The last line of the output is the result as JSON. Under torchrun, train
 measures DDP, and the processes share the work of hellaswag and loss.
 """
+import contextlib
 import json
 import math
 import os
@@ -282,17 +283,23 @@ def score_hellaswag():
     return dict(items=len(lines), acc=acc, acc_norm=acc_norm)
 
 
-def read_ids(tok, spec):
-    """The ids of the source: a text, or the val.bin of a dataset with this tokenizer."""
+def read_source(tok, spec):
+    """The ids of a text, or of the val.bin of a dataset with this tokenizer, and which of them count."""
     if source.endswith('.bin'):
         meta, _ = load_dataset(os.path.dirname(os.path.abspath(source)))
         if meta['tokenizer'] != spec:
             raise UserError(f'source={source} uses another tokenizer than the model: pass the text itself, '
                             f'or prepare it with --tokenizer={init_from}')
-        return np.fromfile(source, meta['dtype'])
-    files = locate(source, os.path.join(DATA, task))
-    ids = np.concatenate([ids for ids, _ in encode_files(files, tok)])
-    return ids[:-1] if len(ids) and ids[-1] == tok.eot else ids  # without the end of the last document
+        ids = np.fromfile(source, meta['dtype'])
+        mask = np.fromfile(source[:-3] + 'mask', bool) if meta.get('chat') else np.ones(len(ids), bool)
+        return ids, mask
+    ids, mask = [], []
+    for piece, counts in encode_files(locate(source, os.path.join(DATA, task)), tok):
+        ids.extend(piece.tolist())
+        mask.extend([counts] * len(piece))
+    if all(mask) and ids[-1:] == [tok.eot]:
+        del ids[-1], mask[-1]  # the end of a text, but not of an answer
+    return np.array(ids, int), np.array(mask, bool)
 
 
 @torch.no_grad()
@@ -300,28 +307,33 @@ def score_text():
     """Loss of every token of a text except the first. Windows start stride tokens apart, and each
     scores the tokens after the previous one. A smaller stride gives them more context."""
     model, tok, spec = load_for_evaluation()
-    ids = read_ids(tok, spec)
-    count = len(ids) - 1
+    ids, mask = read_source(tok, spec)
+    if not mask[1:].any():
+        raise UserError(f'source={source!r} has no tokens to score: give a longer text')
+    ids = torch.from_numpy(ids.astype(np.int64))
+    targets = ids.where(torch.from_numpy(mask), -1)
+    n_inputs = len(ids) - 1
     size = model.config.block_size
     if stride > size:
         raise UserError(f'stride={stride} skips tokens: use at most {size}, the block_size of the model')
-    last = max(0, count - size)
+    last = max(0, n_inputs - size)
     starts = [*range(0, last, stride or max(1, size // 2)), last]
     total = torch.zeros((), dtype=torch.float64)
     progress = Progress('windows', len(starts))
     for i in range(rank, len(starts), world_size):
-        window = ids[starts[i]:starts[i] + size + 1].astype(np.int64)
-        window = torch.from_numpy(window).to(device)
-        targets = window[1:].clone()
+        end = min(starts[i] + size, n_inputs)
+        y = targets[starts[i] + 1:end + 1].clone()
         if i > 0:
-            targets[:starts[i - 1] + size - starts[i]] = -1  # the previous window scores these
-        _, loss = model(window[None, :-1], targets[None])
-        total += loss.item() * (targets >= 0).sum().item()
+            y[:starts[i - 1] + size - starts[i]] = -1  # the previous window scores these
+        _, loss = model(ids[None, starts[i]:end].to(device), y[None].to(device))
+        total += loss.item() * (y >= 0).sum()
         progress(i)
     if world_size > 1:
         dist.all_reduce(total)
     nats = total.item()
-    n_bytes = len(tok.decode_bytes([i for i in ids[1:].tolist() if i != tok.eot]))
+    scored = [i for i in targets[1:].tolist() if i >= 0]
+    count = len(scored)
+    n_bytes = len(tok.decode_bytes([i for i in scored if i != tok.eot]))
     return dict(tokens=count, loss=nats / count, perplexity=math.exp(nats / count),
                 bits_per_byte=nats / math.log(2) / n_bytes)
 
@@ -348,16 +360,19 @@ def read_run(path):
     if os.path.isfile(path):
         entries = read_nanogpt_output(path)
     else:
-        with open(os.path.join(path, 'log.jsonl'), encoding='utf-8') as f:
-            entries = [json.loads(line) for line in f if line.endswith('}\n')]  # whole lines
+        entries = []
+        with open(os.path.join(path, 'log.jsonl'), encoding='utf-8', errors='replace') as f:
+            for line in f:
+                with contextlib.suppress(ValueError):  # half a line, when the disk was full
+                    entries.append(json.loads(line))
     points = dict(train={}, val={})
     x = 'iter' if axis == 'steps' else axis
     for entry in entries:
         for split, y in (('train', 'loss'), ('val', 'val_loss')):
-            if math.isfinite(entry.get(y, math.nan)):  # the last entry of a step counts
+            if x in entry and math.isfinite(entry.get(y, math.nan)):  # a step's last entry counts
                 points[split][entry['iter']] = entry[x], entry[y]
     if not points['val']:
-        raise UserError(f'{path} has no evaluation yet')
+        raise UserError(f'{path} has no val loss by {axis} yet')
     return {split: [points[split][step] for step in sorted(points[split])] for split in points}
 
 

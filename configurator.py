@@ -10,6 +10,7 @@ A path names an override file: ordinary Python that sees the current values.
 A UserError is a mistake that the user can fix. It ends the script with one line
 on stderr and exit code 2.
 """
+import contextlib
 import ctypes
 import difflib
 import importlib
@@ -18,6 +19,7 @@ import platform
 import re
 import sys
 import textwrap
+from pathlib import Path
 
 BOOLEANS = {'True': True, 'true': True, '1': True, 'False': False, 'false': False, '0': False}
 TYPE_NAMES = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'text in quotes'}
@@ -33,6 +35,11 @@ class UserError(Exception):
 def one_line(text):
     """The text on one line, with ? for characters that a terminal would obey, such as ESC."""
     return ''.join(c if c.isprintable() else '?' for c in ' '.join(str(text).split()))
+
+
+def printable(text):
+    """The text for stdout: a terminal shows ? for characters that it would obey, such as ESC."""
+    return re.sub(r'[\0-\x08\x0b-\x1f\x7f-\x9f]', '?', text) if sys.stdout.isatty() else text
 
 
 def configure(namespace, argv=None):
@@ -131,6 +138,22 @@ def optional(module, needed_for):
     except ImportError:
         package = module.split('.')[0]
         raise UserError(f'{needed_for} needs one more package: pip install {package}') from None
+
+
+@contextlib.contextmanager
+def writing(path):
+    """A new file that gets its name when it is complete, so that path is always whole, old or new."""
+    tmp = Path(f'{path}.tmp')
+    try:
+        tmp.unlink(missing_ok=True)  # it may be a link
+        with open(tmp, 'wb') as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(tmp, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        tmp.unlink(missing_ok=True)
+        raise OSError(f'cannot write {path}: {str(error).splitlines()[0]}') from None
 
 
 def _report_error(kind, error, trace):

@@ -26,7 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
-from configurator import UserError, check, configure, optional
+from configurator import UserError, check, configure, optional, writing
 from prepare import DATA, HUB, BPETokenizer, download, get_tokenizer, nanogpt_tokenizer, read_json
 
 # -----------------------------------------------------------------------------
@@ -604,20 +604,6 @@ def from_nanogpt(checkpoint, path):
     return dict(model=weights, tokenizer=tokenizer, best_val_loss=loss, optimizer=state)
 
 
-def save_checkpoint(checkpoint, path):
-    """Write a checkpoint so that path always holds the complete old one or the complete new one."""
-    tmp = path + '.tmp'
-    try:
-        with open(tmp, 'wb') as f:
-            torch.save(checkpoint, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(tmp, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        Path(tmp).unlink(missing_ok=True)
-        raise OSError(f'cannot save {path}: {str(error).splitlines()[0]}') from None
-
-
 def load_checkpoint(source):
     """Load a checkpoint to the CPU: the weights (model), model_args, tokenizer, and what train.py
     needs to resume. The source is the folder of a run (its best.pt, else ckpt.pt), a file that
@@ -657,7 +643,7 @@ def write_safetensors(tensors, path):
         position = end
     header = json.dumps(header).encode()
     header += b' ' * (-len(header) % 8)
-    with open(path, 'wb') as f:
+    with writing(path) as f:
         f.write(len(header).to_bytes(8, 'little') + header)
         for tensor in tensors.values():
             f.write(tensor.contiguous().numpy().data)
@@ -695,7 +681,8 @@ def to_huggingface(checkpoint, folder):
     os.makedirs(folder, exist_ok=True)
     write_safetensors(tensors, os.path.join(folder, 'model.safetensors'))
     for name, content in files.items():
-        Path(folder, name).write_text(json.dumps(content, indent=1), encoding='utf-8')
+        with writing(os.path.join(folder, name)) as f:
+            f.write(json.dumps(content, indent=1).encode())
     print(f'wrote {folder}: model.safetensors, {", ".join(files)}')
 
 

@@ -19,7 +19,6 @@ Tokenizers: char, gpt2, bpe (byte-pair encoding trained on the source), or that
 of a run, a checkpoint or another dataset, to finetune a model on this text.
 """
 import functools
-import glob
 import gzip
 import hashlib
 import heapq
@@ -35,11 +34,12 @@ import time
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice, pairwise
+from pathlib import Path
 
 import numpy as np
 import requests
 
-from configurator import UserError, check, configure, optional
+from configurator import UserError, check, configure, optional, writing
 
 dataset = 'shakespeare_char'  # a dataset of the table in this file, or a new name with --source
 source = ''         # file, folder or https address of the text; '': the dataset's own
@@ -225,10 +225,10 @@ class Progress:
     def __init__(self, what, total):
         self.what = what
         self.total = total
-        self.start = self.printed = time.time()
+        self.start = self.printed = time.perf_counter()
 
     def __call__(self, done):
-        now = time.time()
+        now = time.perf_counter()
         if now - self.printed > 5 and done:
             self.printed = now
             left = (now - self.start) * (self.total / done - 1)
@@ -258,8 +258,8 @@ def read_file(stream, path):
         if 'text' not in table.schema.names:
             raise UserError(f'{path} has no "text" column, only {", ".join(table.schema.names)}')
         for batch in table.iter_batches(columns=['text']):
-            for text in batch['text'].to_pylist():
-                yield str(text or ''), True, True
+            for text in batch['text'].cast('string').to_pylist():
+                yield text or '', True, True
     elif name.endswith('.bin'):
         count_shard_tokens(path)
         stream.seek(1024)
@@ -268,6 +268,8 @@ def read_file(stream, path):
             if ids.max() >= GPT2_VOCAB:
                 raise UserError(f'{path} holds the id {ids.max()}, but GPT-2 has {GPT2_VOCAB:,}')
             yield ids, True, False
+    elif name.endswith(('.json', '.csv', '.tsv')):
+        raise UserError(f'{path} is not plain text: convert it to .jsonl, or rename it to .txt')
     elif name.endswith('.jsonl'):
         for number, line in enumerate(stream, 1):
             try:
@@ -292,7 +294,8 @@ def read_record(record):
     pieces = []
     question = ''
     for message in messages:
-        prefix, content = CHAT_FORM[message['role']], message['content'].strip()
+        prefix = CHAT_FORM[message['role']]
+        content = message['content'].strip().replace(END_CHARACTER, '?')
         if message['role'] == 'assistant':
             pieces += [(question + prefix, False, False), (content, True, True)]
             question = ''
@@ -322,8 +325,9 @@ def locate(source, folder):
         return [source]
     if not os.path.isdir(source):
         raise UserError(f'source={source!r} does not exist: give a file, folder or https address')
-    paths = glob.glob(os.path.join(glob.escape(source), '**'), recursive=True)  # without hidden files
-    return sorted(filter(os.path.isfile, paths))
+    paths = Path(source).rglob('*')  # does not follow links to folders
+    return sorted(str(path) for path in paths
+                  if path.is_file() and '/.' not in f'/{path.relative_to(source).as_posix()}')
 
 
 # -----------------------------------------------------------------------------
@@ -366,6 +370,8 @@ def download(url, path, sha256=None):
             except requests.RequestException as error:
                 reason = error
                 time.sleep(pause)
+            except OSError as error:  # a full disk
+                raise OSError(f'cannot write {part}: {error}') from None
         else:
             raise UserError(f'{url}: {reason}: run the same command again to resume')
         expected = sha256 or sent
@@ -449,8 +455,8 @@ def prepare(dataset, source='', tokenizer='', vocab_size=4096, val_fraction=0.0,
                 val_tokens=n_tokens - n_train, chat=CHAT_FORM if is_chat else None, source=source)
 
     names = os.listdir(new)
-    with open(os.path.join(new, 'meta.json'), 'w', encoding='utf-8') as file:
-        json.dump(meta, file)
+    with writing(os.path.join(new, 'meta.json')) as file:
+        file.write(json.dumps(meta).encode())
     if os.path.exists(os.path.join(folder, 'meta.json')):  # it goes first and comes last
         print(f'replacing the dataset in {folder}')
         os.remove(os.path.join(folder, 'meta.json'))
@@ -516,7 +522,7 @@ def write_tokens(pieces, dtype, folder):
     Returns the number of tokens."""
     n_tokens = 0
     mask = None
-    with open(os.path.join(folder, 'train.bin'), 'wb') as file:
+    with writing(os.path.join(folder, 'train.bin')) as file:
         for ids, counts in pieces:
             if not counts and not mask:
                 mask = open(os.path.join(folder, 'train.mask'), 'wb')
@@ -525,15 +531,15 @@ def write_tokens(pieces, dtype, folder):
             if mask:
                 mask.write(bytes([counts]) * len(ids))
             n_tokens += len(ids)
-    if mask:
-        mask.close()
+        if mask:
+            mask.close()
     return n_tokens
 
 
 def split_file(folder, suffix, n_bytes):
     """Move all but the first n_bytes of the train file to the val file."""
     train, val = (os.path.join(folder, f'{split}.{suffix}') for split in ('train', 'val'))
-    with open(train, 'r+b') as file, open(val, 'wb') as val_file:
+    with open(train, 'r+b') as file, writing(val) as val_file:
         file.seek(n_bytes)
         shutil.copyfileobj(file, val_file)
         file.truncate(n_bytes)

@@ -17,7 +17,7 @@ import time
 
 import torch
 
-from configurator import UserError, check, configure, keep_memory, resolve_device, resolve_dtype
+from configurator import UserError, check, configure, keep_memory, printable, resolve_device, resolve_dtype
 from model import GPT, load_checkpoint, optimize_for_generation
 from prepare import get_tokenizer
 
@@ -84,9 +84,9 @@ def write_samples(ids, prompt, num_samples):
               f'{model.config.block_size}', file=sys.stderr)
     streams = [TextStream(stop) for _ in range(num_samples)]
     texts = [prompt] * num_samples
-    print(prompt, end='', flush=True)
+    print(printable(prompt), end='', flush=True)
 
-    begin = time.time()
+    begin = time.perf_counter()
     count = 0
     idx = torch.tensor([ids] * num_samples, device=device)
     try:
@@ -97,18 +97,18 @@ def write_samples(ids, prompt, num_samples):
                 text = streams[i].feed(b'' if is_end else tok.decode_bytes([token]), final=is_end)
                 texts[i] += text
                 if i == 0:
-                    print(text, end='', flush=True)
+                    print(printable(text), end='', flush=True)
             if all(stream.ended for stream in streams):
                 break
     except KeyboardInterrupt:  # Ctrl-C ends the text, not the session
         if not interactive:
             raise
-    seconds = time.time() - begin
+    seconds = time.perf_counter() - begin
 
     remainders = [stream.feed(b'', final=True) for stream in streams]
-    print(remainders[0])
+    print(printable(remainders[0]))
     for text, remainder in zip(texts[1:], remainders[1:], strict=True):
-        print(f'---------------\n{text}{remainder}')
+        print(f'---------------\n{printable(text + remainder)}')
     sys.stdout.flush()
     if not interactive:
         print(f'{count:,} tokens in {seconds:.1f} s: {count / max(seconds, 1e-9):,.0f} tok/s',
@@ -171,6 +171,7 @@ optimize_for_generation(model, quantize == 'int8')
 torch.manual_seed(seed)
 prompt = read_prompt()
 if interactive:
+    sys.stdin.reconfigure(errors='replace')
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):  # on Windows the terminal itself does this
             import readline  # noqa: F401  line editing and history for input()

@@ -11,6 +11,8 @@ import dataclasses
 import gzip
 import hashlib
 import http.server
+import io
+import itertools
 import json
 import math
 import os
@@ -597,8 +599,8 @@ def stored(folder):
 
 
 def test_all_kinds_of_sources_give_the_same_bins(tmp_path):
-    """A folder, .jsonl and .jsonl.gz of the same documents: <|endoftext|> ends each. Hidden files are
-    not text."""
+    """A folder, .jsonl, .jsonl.gz and .parquet of the same documents: <|endoftext|> ends each. Hidden files
+    are not text, and links to folders are not followed."""
     docs = [f'document {i}, नेपाली 🙂\n' for i in range(33)]
     files = {f'texts/{i // 20}/{i:02}.txt': doc for i, doc in enumerate(docs)}
     for name, text in (files | {'texts/.hidden': 'not', 'texts/.git/config': 'this'}).items():
@@ -607,7 +609,10 @@ def test_all_kinds_of_sources_give_the_same_bins(tmp_path):
     lines = '\n'.join(json.dumps({'text': doc}) + '\n' for doc in docs).encode()
     (tmp_path / 'a.jsonl').write_bytes(lines)
     (tmp_path / 'a.jsonl.gz').write_bytes(gzip.compress(lines))
-    for source in ('texts', 'texts/', 'a.jsonl', 'a.jsonl.gz'):
+    (tmp_path / 'texts' / 'loop').symlink_to(tmp_path / 'texts')
+    table = pytest.importorskip('pyarrow').table(dict(text=[doc.encode() for doc in docs]))
+    pytest.importorskip('pyarrow.parquet').write_table(table, tmp_path / 'a.parquet')
+    for source in ('texts', 'texts/', 'a.jsonl', 'a.jsonl.gz', 'a.parquet'):
         prepare.prepare(str(tmp_path / 'set'), f'{tmp_path}/{source}', 'bpe', vocab_size=300)
         (train, val), meta = stored(tmp_path / 'set')
         tok = get_tokenizer(meta['tokenizer'])
@@ -649,14 +654,14 @@ def test_bins_and_windows_hold_the_text(tmp_path, data):
 RECORDS = [
     dict(prompt=' 1 + 1? ', completion='2\n'),
     dict(messages=[dict(role='system', content='Be kind.'), dict(role='user', content='Hello'),
-                   dict(role='assistant', content='Hi!'), dict(role='user', content='Who\nare you?'),
+                   dict(role='assistant', content='Hi\x03'), dict(role='user', content='Who\nare you?'),
                    dict(role='assistant', content='नेपाली: ' + 'no ' * 40 + 'one'),
                    dict(role='user', content='this has no answer')]),
     dict(prompt='', completion='end'),
 ]
 BY_HAND = [  # whether the loss counts it
     (0, 'User: 1 + 1?\nAssistant:\n'), (1, '2'),
-    (0, 'Be kind.\nUser: Hello\nAssistant:\n'), (1, 'Hi!'),
+    (0, 'Be kind.\nUser: Hello\nAssistant:\n'), (1, 'Hi?'),
     (0, 'User: Who\nare you?\nAssistant:\n'), (1, 'नेपाली: ' + 'no ' * 40 + 'one'),
     (0, 'Assistant:\n'), (1, 'end'),
 ]
@@ -700,13 +705,13 @@ def test_bad_conversations_are_refused(data, tmp_path):
     refuses('has no token to end an answer: use', conversations, tmp_path, str(data), [PAIR, PAIR])
 
 
-def test_every_answered_token_counts_the_same(start, tmp_path):
+def test_every_answered_token_counts_the_same(start, tmp_path, capsys):
     """Micro-batches have few, many or no tokens of answers. The loss, its gradient and the val loss
-    are means over all those tokens, for one process and for two."""
+    are means over all those tokens, for one process and for two, in batches of any size."""
     (train, val), (mask, val_mask) = conversations(tmp_path, 'char', RECORDS * 12)
     args = [*TINY, f'--dataset={tmp_path}/qa', '--dropout=0.0', '--gradient_accumulation_steps=8',
             '--batch_size=1', '--eval_iters=10000']
-    main('train.py', *args, f'--out_dir={tmp_path}/untrained', '--max_iters=0')
+    main('train.py', *args, f'--out_dir={tmp_path}/untrained', '--max_iters=0', '--batch_size=5')
     main('train.py', *args, f'--out_dir={tmp_path}/one')
     process = start('train.py', *args, f'--out_dir={tmp_path}/two',
                     torchrun=('--standalone', '--nproc_per_node=2'))
@@ -728,6 +733,15 @@ def test_every_answered_token_counts_the_same(start, tmp_path):
     evaluated, first = read_log(tmp_path / 'one')[:2]
     logged = evaluated['val_loss'], first['loss'], first['grad_norm']
     assert logged == pytest.approx((val_loss.item(), loss.item(), norm.item()), rel=1e-4)
+    assert read_log(tmp_path / 'untrained')[0]['val_loss'] == pytest.approx(val_loss.item(), rel=1e-4)
+    score = partial(benched, capsys, '--task=loss', f'--init_from={tmp_path}/untrained', '--stride=1')
+    expected = []
+    for i in filter(val_mask.__getitem__, range(1, len(val))):
+        logits = model(torch.tensor([val[max(0, i - 16):i]]))[0][0, -1]
+        expected.append(-logits.log_softmax(-1)[val[i]].item())
+    result = score(f'--source={tmp_path}/qa/val.bin')
+    assert [result['tokens'], result['loss']] == pytest.approx([len(expected), np.mean(expected)], rel=1e-4)
+    assert score(f'--source={tmp_path}/qa.jsonl')['tokens'] == sum(mask + val_mask)
     assert process.wait(60) == 0, process.stdout.read()
     assert_close_losses(tmp_path / 'one', tmp_path / 'two', rel=1e-4)
 
@@ -1018,11 +1032,13 @@ def test_an_epoch_reads_every_window_once():
     assert not np.array_equal(window_starts(n, 16, 8, 0, epochs.size), epochs.flat)
 
 
-def test_learning_rate(data, tmp_path):
+def test_learning_rate(data, tmp_path, monkeypatch):
     """What a run logs: linear warmup, an optional hold, then cosine decay to min_lr or linear decay to
     zero."""
     args = [*TINY, f'--dataset={data}', f'--out_dir={tmp_path}', '--max_iters=12', '--eval_interval=100',
             '--eval_iters=1', '--learning_rate=1', '--min_lr=0.1', '--warmup_iters=2', '--lr_decay_iters=10']
+    monkeypatch.setattr('time.time', itertools.count(0, 1e15).__next__)  # a clock that is set forward
+    monkeypatch.setattr('time.perf_counter', lambda: 7.0)  # a coarse clock
     for more, expected in (
             (['--lr_schedule=cosine'], {0: 1 / 3, 1: 2 / 3, 2: 1, 6: 0.55, 10: 0.1, 11: 0.1}),
             (['--lr_schedule=linear'], {0: 1 / 3, 2: 1, 6: 0.5, 10: 0, 11: 0}),
@@ -1107,8 +1123,10 @@ def test_auto_starts_and_then_resumes(data, tmp_path, monkeypatch, capsys):
     args = [*TINY, f'--dataset={data}', '--out_dir=o u t', '--init_from=auto']
     main('train.py', *args, '--max_iters=3')
     assert "sample.py '--out_dir=o u t'" in capsys.readouterr().out
+    monkeypatch.setattr(sys.stdout, 'isatty', lambda: True)
+    monkeypatch.setattr(prepare.CharTokenizer, 'decode_bytes', lambda self, ids: b'\x1bc')
     main('train.py', *args, '--sample_interval=6')
-    assert re.search('resuming o u t/ckpt.pt at step 3(.|\n)*\n[|] ', capsys.readouterr().out)
+    assert re.search('resuming o u t/ckpt.pt at step 3(.|\n)*\n[|] [?]c\n', capsys.readouterr().out)
     log = read_log(tmp_path / 'o u t')
     assert [entry['iter'] for entry in log] == [0, 0, 1, 2, 3, 3, 4, 5, 6]
     last = log[-1]['seconds'], log[-1]['tokens']
@@ -1143,18 +1161,24 @@ def test_a_stopped_run_resumes_exactly(optimizer, stop, start, data, tmp_path, c
 
 def test_resume_uses_new_settings_and_never_saves_a_broken_model(run, data, tmp_path):
     """The saved optimizer state does not bring back old settings. A worse model does not replace
-    best.pt, and a model that is not finite replaces nothing."""
-    out = tmp_path / 'out'
-    shutil.copytree(run, out)
-    args = [*TINY, f'--dataset={data}', f'--out_dir={out}', '--init_from=resume']
+    best.pt, also when the data has moved. On another text the best starts anew, and the old one is kept. A
+    model that is not finite replaces nothing."""
+    out, moved = shutil.copytree(run, tmp_path / 'out'), shutil.copytree(data, tmp_path / 'moved')
+    args = [*TINY, f'--dataset={moved}', f'--out_dir={out}', '--init_from=resume']
     namespace = main('train.py', *args, '--eval_only=True', '--weight_decay=0.7', '--n_embd=64')
     assert namespace['config']['n_embd'] == 32  # the checkpoint decides the shape
     optimizer, = namespace['optimizers']
     assert [group['weight_decay'] for group in optimizer.param_groups] == [0.7, 0.0]
     assert all(state['step'] == 6 for state in optimizer.state.values())
     best = (out / 'best.pt').read_bytes()
+    (out / 'ckpt.pt.tmp').symlink_to(tmp_path / 'other')
     main('train.py', *args, '--max_iters=9', '--learning_rate=1', '--decay_lr=False')
     assert read_checkpoint(out)['iter_num'] == 9 and (out / 'best.pt').read_bytes() == best
+    assert not (tmp_path / 'other').exists()
+    (moved / 'val.bin').write_bytes((moved / 'val.bin').read_bytes()[::-1])
+    main('train.py', *args, '--max_iters=9')
+    assert (out / 'earlier-1' / 'best.pt').read_bytes() == best
+    assert read_checkpoint(out, 'best.pt')['best_val_loss'] == read_log(out)[-1]['val_loss']
     refuses('val loss is nan at step 12: resume .* a learning_rate below 1e[+]38',
             main, 'train.py', *args, '--max_iters=12', '--learning_rate=1e38', '--decay_lr=False')
     assert read_checkpoint(out)['iter_num'] == 9
@@ -1259,15 +1283,19 @@ def test_a_full_disk_keeps_the_last_checkpoint(start, data, tmp_path):
     import resource
     limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (20_000, -1))
     newest = tmp_path / 'ckpt.pt'
+    (data.parent / 'small.jsonl').write_text('{"text": "a few words"}\n' * 3000)
+    prepared = command('prepare.py', f'--dataset={data.parent}/small', f'--source={data.parent}/small.jsonl',
+                       '--tokenizer=char', preexec_fn=limit)
+    assert prepared.returncode == 2 and re.search('error: cannot write .*train.bin: ', prepared.stderr)
     args = [*TINY, f'--dataset={data}', f'--out_dir={tmp_path}', '--max_iters=60']
     process = start('train.py', *args, preexec_fn=limit)
-    assert re.search(r'warning: cannot save .*ckpt.pt: .*continues', read_until(process, 'iter 20'))
+    assert re.search(r'warning: cannot write .*ckpt.pt: .*continues', read_until(process, 'iter 20'))
     assert {p.name for p in tmp_path.iterdir()} == {'log.jsonl', '.lock'}
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (-1, -1))
     assert 'best val loss' in process.stdout.read() and process.wait(60) == 0
     before = newest.read_bytes()
     resumed = command('train.py', *args, '--init_from=resume', '--max_iters=61', preexec_fn=limit)
-    assert resumed.returncode == 2 and 'error: cannot save' in resumed.stderr
+    assert resumed.returncode == 2 and 'error: cannot write' in resumed.stderr
     assert newest.read_bytes() == before
 
 
@@ -1331,10 +1359,10 @@ def test_one_prompt_after_another(start, run):
     assert process.returncode == 0
 
 
-def test_a_conversation_forgets_its_oldest_turns(tmp_path, monkeypatch):
+def test_a_conversation_forgets_its_oldest_turns(tmp_path, monkeypatch, capsys):
     """The model sees the system message and the newest turns that leave room for an answer, in the form
-    of the training data. /reset makes it forget them all."""
-    spec = dict(type='char', chars='\x03\n' + ''.join(map(chr, range(32, 127))))
+    of the training data. /reset makes it forget them all. A terminal gets no control characters."""
+    spec = dict(type='char', chars='\x03\n\x1b\ufffd' + ''.join(map(chr, range(32, 127))))
     tok = get_tokenizer(spec)
     checkpoint = checkpoint_of(tiny(vocab_size=tok.n_vocab, block_size=100), spec)
     torch.save(checkpoint | dict(config={}, chat=CHAT_FORM), tmp_path / 'ckpt.pt')
@@ -1342,21 +1370,18 @@ def test_a_conversation_forgets_its_oldest_turns(tmp_path, monkeypatch):
 
     def stream(self, idx, *settings):
         seen.append(tok.decode_bytes(idx[0].tolist()).decode())
-        yield from torch.tensor([[i] for i in tok.encode('ok')] + [[tok.eot], [5]])
+        yield from torch.tensor([[i] for i in tok.encode('o\x1b')] + [[tok.eot], [5]])
     monkeypatch.setattr(GPT, 'stream', stream)
-
-    def ask(prompt):
-        if not lines:
-            raise EOFError
-        return lines.pop(0)
-    monkeypatch.setattr('builtins.input', ask)
-    turn, question, system = 'User: %s\nAssistant:\nok\x03', 'long ' * 20 + '?', 'Be kind and brief.\n'
-    lines = [*'abcd', '/reset', ' f ', '', 'g', question]
+    turn, question, system = 'User: %s\nAssistant:\no\x1b\x03', 'long ' * 20 + '?', 'Be kind and brief.\n'
+    lines = b'\n'.join([b'a', b'b', b'\xff', b'd', b'/reset', b' f ', b'', b'g', question.encode()])
+    monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BytesIO(lines), 'utf-8'))
+    monkeypatch.setattr(sys.stdout, 'isatty', lambda: True)
     main('sample.py', f'--out_dir={tmp_path}', f'--start={system}', '--interactive=True',
          '--max_new_tokens=20', '--device=cpu')
     expected = [system + ''.join(turn % question for question in questions)
-                for questions in ('a', 'ab', 'bc', 'cd', 'f', 'fg', [question])]
-    assert seen == [conversation.removesuffix('ok\x03') for conversation in expected]
+                for questions in ('a', 'ab', 'b\ufffd', '\ufffdd', 'f', 'fg', [question])]
+    assert seen == [conversation.removesuffix('o\x1b\x03') for conversation in expected]
+    assert capsys.readouterr().out.count('o?\n') == len(seen)
 
 
 def question_pairs():
@@ -1494,7 +1519,7 @@ def test_curves(run, capsys, tmp_path):
     """They are those of log.jsonl, in which the last entry of a step counts."""
     out = shutil.copytree(run, tmp_path / 'out')
     with open(out / 'log.jsonl', 'a') as file:  # as a killed and resumed run leaves it
-        file.write('{"iter": 3, "val_loss": 9.5, "tokens": 7}\n{"iter": 6, "lo')
+        file.write('{"iter": 3, "val_loss": 9.5, "tokens": 7}\n{"iter": 6, "lo{"iter": 7}\n{"it')
     read_run = main('bench.py', '--task=curves', f'--runs=mine={run}', '--axis=tokens')['read_run']
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result['mine'] == read_checkpoint(run)['best_val_loss']
@@ -1533,15 +1558,21 @@ GPT.configure_optimizers = lambda self, *args: model.configure_optimizers(self, 
     ('prepare.py', '--source={tmp}/bad.jsonl', 'has its own source'),
     ('prepare.py', '--dataset={tmp}/x --source={tmp}/latin1.txt --tokenizer=char', 'not UTF-8'),
     ('prepare.py', '--dataset={tmp}/x --source={tmp}/bad.jsonl --tokenizer=char', 'line 2: KeyError'),
+    ('prepare.py', '--dataset={tmp}/x --source={tmp}/a.csv --tokenizer=char', 'convert it to .jsonl, or'),
     ('sample.py', '--init_from={run} --device=cuda:99', 'but this machine has'),
     ('sample.py', '--init_from={run} --dtype=float16 --device=cpu', 'needs CUDA, not cpu'),
     ('bench.py', '--task=loss --init_from={run} --source={tmp}/good.txt --stride=17', 'use at most 16'),
+    ('bench.py', '--task=loss --init_from={run} --source={tmp}/a.txt', 'has no tokens to score'),
+    ('bench.py', '--task=curves --runs={tmp}/log.txt --axis=tokens', 'has no val loss by tokens yet'),
 ])
 def test_bad_input_is_one_line_and_harms_nothing(script, args, message, run, data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'latin1.txt').write_bytes(b'\xe9' * 9)
     (tmp_path / 'bad.jsonl').write_text('{"text": "fine"}\n{"content": "x"}\n')
     (tmp_path / 'good.txt').write_text('fine')
+    (tmp_path / 'log.txt').write_text('step 0: train loss 4.2, val loss 4.1\n')
+    for name in ('a.csv', 'a.txt'):
+        (tmp_path / name).touch()
     prepare.prepare(str(tmp_path / 'other'), str(tmp_path / 'good.txt'), 'char')
     shutil.copytree(data, tmp_path / 'short')
     os.truncate(tmp_path / 'short' / 'train.bin', 1234)

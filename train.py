@@ -8,6 +8,7 @@ $ torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 """
 import datetime
 import gc
+import hashlib
 import json
 import math
 import os
@@ -24,15 +25,18 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils._pytree import tree_map
 
-from configurator import UserError, check, configure, keep_memory, optional, resolve_device, resolve_dtype
-from model import (
-    GPT,
-    config_from_settings,
-    configure_optimizers,
-    load_checkpoint,
-    peak_flops,
-    save_checkpoint,
+from configurator import (
+    UserError,
+    check,
+    configure,
+    keep_memory,
+    optional,
+    printable,
+    resolve_device,
+    resolve_dtype,
+    writing,
 )
+from model import GPT, config_from_settings, configure_optimizers, load_checkpoint, peak_flops
 from prepare import get_tokenizer, load_dataset, load_windows, lock_folder, shuffled_windows
 
 # input and output
@@ -165,11 +169,19 @@ else:
             print0(f'{path} sets {name}={value!r}')
             config[name] = value
 raw_model.recompute_activations = activation_checkpointing
-n_starts = {split: meta[f'{split}_tokens'] - block_size for split in bins}  # places where windows can start
-for split, count in n_starts.items():
-    if count < 1:
-        raise UserError(f"{paths[split]} has {meta[f'{split}_tokens']:,} tokens, too few for a "
-                        f'block_size of {block_size}: use a longer text or a smaller block_size')
+n_starts = {}  # places where windows can start
+n_windows = {}  # windows in an evaluation
+for split, path in paths.items():
+    n_tokens = meta[f'{split}_tokens']
+    if n_tokens <= block_size:
+        raise UserError(f'{path} has {n_tokens:,} tokens, too few for a block_size of {block_size}: '
+                        'use a longer text or a smaller block_size')
+    n_starts[split] = n_tokens - block_size
+    n_windows[split] = min(eval_iters * batch_size, math.ceil(n_starts[split] / block_size))
+digest = hashlib.sha256()
+for file in filter(None, (bins['val'], masks['val'])):
+    digest.update(np.memmap(file, np.uint8, 'r'))
+val_set = [digest.hexdigest(), n_windows['val']]  # what the best val loss is measured on
 
 dtype = resolve_dtype(dtype, device)
 if dtype == 'float16' and (optimizer == 'muon' or fsdp):
@@ -217,8 +229,7 @@ elapsed = 0.0  # seconds of training before this process started
 wandb_id = None
 if resume:  # with the data and dropout of each step, this makes a resumed run exact
     iter_num = checkpoint['iter_num']
-    has_best = os.path.exists(os.path.join(out_dir, 'best.pt'))
-    if has_best and checkpoint['config'].get('dataset') == dataset:
+    if checkpoint.get('val_set') == val_set and os.path.exists(os.path.join(out_dir, 'best.pt')):
         best_val_loss = checkpoint['best_val_loss']
     elapsed = checkpoint.get('elapsed', 0.0)
     wandb_id = checkpoint.get('wandb_id')
@@ -308,23 +319,22 @@ if not eval_only:
 def estimate_loss(split):
     """Mean loss over windows spread evenly over the split, the same each time. Every rank
     evaluates its share. A signal cuts it short: torchrun kills workers 30 seconds later."""
-    count = max(1, min(eval_iters, math.ceil(n_starts[split] / block_size) // batch_size))
-    starts = np.linspace(0, n_starts[split] - 1, count * batch_size).astype(np.int64)
-    starts = starts.reshape(count, batch_size)
+    starts = np.linspace(0, n_starts[split] - 1, n_windows[split]).astype(np.int64)
+    stride = batch_size * world_size
+    padded = np.resize(starts, math.ceil(len(starts) / stride) * stride)  # so that batches are full
     sums = []  # of losses, and of the targets that count
     raw_model.eval()
-    for i in range(rank, math.ceil(count / world_size) * world_size, world_size):
+    for i in range(rank * batch_size, len(padded), stride):
         if stop_signal():
             return math.nan
-        # some ranks repeat a batch at the end, since FSDP needs all ranks in every forward pass
-        x, y = load_batch(split, starts[i % count])
+        x, y = load_batch(split, padded[i:i + batch_size])
+        y[max(0, len(starts) - i):] = -1  # the padding does not count
         with autocast:
             _, loss = raw_model(x, y)
         counted = (y >= 0).sum().float()
         sums.append(torch.stack([loss * counted, counted]))
     raw_model.train()
-    n_own = len(range(rank, count, world_size))
-    total = torch.stack(sums).cpu().double()[:n_own].sum(0)
+    total = torch.stack(sums).cpu().double().sum(0)
     if ddp:
         dist.all_reduce(total)
     return (total[0] / total[1]).item()
@@ -339,13 +349,12 @@ def print_sample():
         ids = raw_model.generate(start, 200, temperature=0.8, top_k=200, vocab_size=tok.n_vocab)
     raw_model.train()
     text = tok.decode_bytes(ids[0, 1:].tolist()).decode('utf-8', 'replace')
-    print0('| ' + text.replace('\n', '\n| '))
+    print0('| ' + printable(text).replace('\n', '\n| '))
 
 
-def set_aside():
-    """Move the files of an earlier run into a new folder inside out_dir."""
-    files = [name for name in ('ckpt.pt', 'best.pt', 'log.jsonl')
-             if os.path.exists(os.path.join(out_dir, name))]
+def set_aside(names, reason):
+    """Move files in out_dir, if they exist, into a new folder there."""
+    files = [name for name in names if os.path.exists(os.path.join(out_dir, name))]
     if files:
         number = 1
         while os.path.exists(folder := os.path.join(out_dir, f'earlier-{number}')):
@@ -353,7 +362,7 @@ def set_aside():
         os.mkdir(folder)
         for name in files:
             os.rename(os.path.join(out_dir, name), os.path.join(folder, name))
-        print(f'moved the earlier run in {out_dir} to {folder}')
+        print(f'moved {", ".join(files)} to {folder}: {reason}')
 
 
 if fsdp and sample_interval:
@@ -364,7 +373,9 @@ if rank == 0 and not eval_only:
         wandb_id = wandb.init(project=wandb_project, name=wandb_run_name, config=config,
                               id=wandb_id, resume='allow').id
     if not resume:
-        set_aside()
+        set_aside(['ckpt.pt', 'best.pt', 'log.jsonl'], 'an earlier run')
+    elif best_val_loss == math.inf:
+        set_aside(['best.pt'], 'its val loss was measured on other text')
     log_file = open(os.path.join(out_dir, 'log.jsonl'), 'ab', buffering=0)
 
 
@@ -372,7 +383,7 @@ def log(**values):
     """Append to log.jsonl. A resumed run may repeat steps: their last entries count."""
     if rank > 0 or eval_only:
         return
-    entry = dict(iter=iter_num, **values, seconds=round(elapsed + time.time() - start_time, 3))
+    entry = dict(iter=iter_num, **values, seconds=round(elapsed + time.perf_counter() - start_time, 3))
     try:
         log_file.write((json.dumps(entry) + '\n').encode())
     except OSError as error:  # do not stop because the disk is full
@@ -389,11 +400,12 @@ def save(name, optimizers):
     weights['lm_head.weight'] = weights['transformer.wte.weight']  # tied: stored once
     checkpoint = dict(
         model=weights, model_args=vars(raw_model.config), config=config, tokenizer=meta['tokenizer'],
-        chat=meta.get('chat'), iter_num=iter_num, best_val_loss=best_val_loss,
+        chat=meta.get('chat'), iter_num=iter_num, best_val_loss=best_val_loss, val_set=val_set,
         optimizer=optimizer_state.get('state', {}), scaler=scaler.state_dict(),
-        elapsed=elapsed + time.time() - start_time, wandb_id=wandb_id)
+        elapsed=elapsed + time.perf_counter() - start_time, wandb_id=wandb_id)
     try:
-        save_checkpoint(checkpoint, os.path.join(out_dir, name))
+        with writing(os.path.join(out_dir, name)) as file:
+            torch.save(checkpoint, file)
     except OSError as error:
         if stop or iter_num >= max_iters:
             raise
@@ -423,7 +435,7 @@ def get_lr(step):
 model.train()
 gc.freeze()  # keep the garbage collector from rescanning long-lived objects
 peak = peak_flops(device, dtype)
-start_time = time.time()
+start_time = time.perf_counter()
 saved_time = start_time
 logged_time, logged_iter = start_time, iter_num
 stop = 0  # the signal that stops the run
@@ -452,8 +464,8 @@ while True:
             save('best.pt', [])
         if improved or always_save_checkpoint or iter_num >= max_iters:
             save_all()  # also at step 0, to notice a full disk early
-            saved_time = time.time()
-        logged_time, logged_iter = time.time(), iter_num
+            saved_time = time.perf_counter()
+        logged_time, logged_iter = time.perf_counter(), iter_num
     if iter_num >= max_iters:
         break
 
@@ -504,8 +516,8 @@ while True:
         step_loss = step_loss.cpu() / world_size
         if ddp:
             dist.all_reduce(step_loss)
-        now = time.time()
-        seconds = (now - logged_time) / (iter_num + 1 - logged_iter)
+        now = time.perf_counter()
+        seconds = max(1e-9, now - logged_time) / (iter_num + 1 - logged_iter)
         logged_time, logged_iter = now, iter_num + 1
         tokens_per_second = tokens_per_step / seconds
         eta = datetime.timedelta(seconds=round(seconds * (max_iters - iter_num - 1)))
@@ -518,10 +530,10 @@ while True:
 
     # save when it is time, stop when a signal asks for it: all ranks at the same step
     stop = stop_signal()
-    save_due = time.time() - saved_time > save_interval * 60
+    save_due = time.perf_counter() - saved_time > save_interval * 60
     if stop or save_interval and max_over_ranks(save_due):
         save_all()
-        saved_time = logged_time = time.time()
+        saved_time = logged_time = time.perf_counter()
         logged_iter = iter_num
     if stop:
         break
