@@ -3,7 +3,7 @@ Measure how fast this code is, and how good a model is.
 
 $ python bench.py --task=train                       # train GPT-2 124M
 $ python bench.py --task=generate --quantize=int8
-$ python bench.py --task=generate --vs=../nanoGPT    # both, interleaved
+$ python bench.py --task=generate --rival=../nanoGPT # nanoGPT's code instead
 $ python bench.py --task=hellaswag --init_from=gpt2  # commonsense accuracy
 $ python bench.py --task=loss --init_from=gpt2 --source=book.txt
 $ python bench.py --task=curves --runs=out-a,out-b --axis=seconds
@@ -18,7 +18,6 @@ import os
 import re
 import runpy
 import statistics
-import subprocess
 import sys
 import time
 from functools import partial
@@ -30,12 +29,13 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.nn.utils.rnn import pad_sequence
 
-from configurator import UserError, check, configure, keep_memory, optional, resolve_device, resolve_dtype
+from configurator import UserError, check, configure, optional, resolve_device, resolve_dtype
 from model import (
     GPT,
     GPTConfig,
     config_from_settings,
     configure_optimizers,
+    keep_memory,
     load_checkpoint,
     optimize_for_generation,
     peak_flops,
@@ -46,7 +46,6 @@ task = 'train'      # 'train', 'generate', 'hellaswag', 'loss' or 'curves'
 init_from = ''      # a run's folder, a checkpoint, or gpt2-xl; '': random weights
 # speed
 rival = ''          # measure this instead: a checkout of nanoGPT
-vs = ''             # measure both this code and a checkout of nanoGPT, interleaved
 batch_size = 0      # sequences side by side; 0: 8 for train, 1 for generate
 repeats = 5         # number of measurements; their median is reported
 profile = False     # train, generate: print where the time goes, and write trace.json
@@ -85,7 +84,7 @@ device_type = device.partition(':')[0]
 if not rival:
     keep_memory()
 torch.manual_seed(seed)
-if (vs or rival) and (init_from or world_size > 1 or task not in ('train', 'generate')):
+if rival and (init_from or world_size > 1 or task not in ('train', 'generate')):
     raise UserError('a rival is for train and generate, without init_from or torchrun')
 if world_size > 1:
     dist.init_process_group('cpu:gloo,cuda:nccl' if device_type == 'cuda' else 'gloo')
@@ -215,23 +214,6 @@ def measure_generation():
         result['first_token_ms'] = [1000 * (t[1] - t[0]) for t in rounds]
         result['decode_per_second'] = [rows * (new_tokens - 1) / (t[-1] - t[1]) for t in rounds]
     return result
-
-
-def compare():
-    """Measure this code and the rival, interleaved, each time in a new process."""
-    command = [sys.executable, __file__, *sys.argv[1:], '--vs=', '--repeats=1']
-    results = {'': [], vs: []}
-    for _ in range(repeats):
-        for name in results:
-            output = subprocess.check_output([*command, f'--rival={name}'], text=True)
-            results[name].append(json.loads(output.splitlines()[-1]))
-    medians = {}
-    for name in ('tokens_per_second', 'memory'):
-        if results[vs][0].get(name):
-            ours, theirs = (statistics.median(result[name] for result in side) for side in results.values())
-            print(f'{name}: ours {ours:,.1f}, theirs {theirs:,.1f}, ratio {ours / theirs:.2f}')
-            medians[name] = ours, theirs
-    return medians
 
 
 # -- quality ------------------------------------------------------------------
@@ -426,13 +408,13 @@ def draw_in_terminal(curves, low, high, width=70, height=20):
 
 functions = dict(train=measure_training, generate=measure_generation, hellaswag=score_hellaswag,
                  loss=score_text, curves=draw_curves)
-result = compare() if vs else functions[task]()
+result = functions[task]()
 for name, value in result.items():
     if isinstance(value, list):
         result[name] = statistics.median(value)
         print(f'{name:<20}{result[name]:,.2f}, median of {len(value)}, '
               f'{min(value):,.2f} to {max(value):,.2f}')
-    elif not vs:
+    else:
         print(f'{name:<20}{value:,.4f}' if isinstance(value, float) else f'{name:<20}{value}')
 machine = torch.cuda.get_device_name(device) if device_type == 'cuda' else device
 print(json.dumps(dict(task=task, model=init_from, device=machine, **result)), flush=True)

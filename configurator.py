@@ -11,11 +11,9 @@ A UserError is a mistake that the user can fix. It ends the script with one line
 on stderr and exit code 2.
 """
 import contextlib
-import ctypes
 import difflib
 import importlib
 import os
-import platform
 import re
 import sys
 import textwrap
@@ -170,16 +168,6 @@ def _report_error(kind, error, trace):
         return sys.__excepthook__(kind, error, trace)
     print(f'error: {text}', file=sys.__stderr__)  # torch.distributed replaces sys.stderr for a while
     sys.exit(2)
-
-
-def keep_memory():
-    """Make the C library keep freed memory for the next tensors. By default it returns large blocks
-    to the system, which zeroes them on reuse. That costs a third of a GPT-2 training step on a CPU."""
-    if platform.libc_ver()[0] == 'glibc':
-        libc = ctypes.CDLL(None)
-        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from malloc.h
-        libc.mallopt(M_TRIM_THRESHOLD, -1)
-        libc.mallopt(M_MMAP_MAX, 0)
 
 
 def resolve_device(device):

@@ -53,6 +53,7 @@ SHAKESPEARE = os.path.join(DATA, 'shakespeare', 'input.txt')
 HUB = os.environ.get('HF_ENDPOINT') or 'https://huggingface.co'
 OWT = HUB + '/datasets/Skylion007/openwebtext/resolve/main/plain_text/train-%05d-of-00080.parquet'
 FINEWEB = HUB + '/datasets/kjj0/fineweb10B-gpt2/resolve/main/fineweb_'
+PAUSES = 1, 2, 4, 0  # seconds to wait after each failed attempt to download
 DATASETS = {  # shards: numbers that replace the % in source
     'shakespeare_char': dict(source=SHAKESPEARE, tokenizer='char'),
     'shakespeare': dict(source=SHAKESPEARE),
@@ -343,14 +344,10 @@ def lock_folder(folder, wait=False):
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except (BlockingIOError, PermissionError):
-            raise UserError(f'another process is writing to {folder}: wait for it, or use another '
-                            'folder') from None
+            raise UserError(f'another process is writing to {folder}: wait for it') from None
         except OSError:
             pass  # this file system has no locks
     return file
-
-
-PAUSES = 1, 2, 4, 0  # seconds to wait after each failed attempt
 
 
 def download(url, path, sha256=None):
@@ -433,8 +430,7 @@ def prepare(dataset, source='', tokenizer='', vocab_size=4096, val_fraction=0.0,
     files = [path for source in sources for path in locate(source, folder)]
     spec = make_spec(tokenizer, files, vocab_size)
     tok = get_tokenizer(spec)
-    if tok.n_vocab > 65536:
-        raise UserError(f'the tokenizer has {tok.n_vocab:,} tokens: use one with at most 65,536')
+    check(dict(vocab_size=tok.n_vocab), 'vocab_size <= 65536')
     dtype = np.dtype('uint8' if tok.n_vocab <= 256 else '<u2')
 
     new = os.path.join(folder, 'new')  # files move up from here when all are complete
@@ -577,10 +573,7 @@ def load_dataset(dataset):
 
 def read_json(path):
     """The object in a JSON file, or {} if the file does not exist."""
-    if not os.path.exists(path):
-        return {}
-    with open(path, encoding='utf-8') as file:
-        return json.load(file)
+    return json.loads(Path(path).read_text('utf-8')) if os.path.exists(path) else {}
 
 
 class PlainUnpickler(pickle.Unpickler):

@@ -17,8 +17,8 @@ import time
 
 import torch
 
-from configurator import UserError, check, configure, keep_memory, printable, resolve_device, resolve_dtype
-from model import GPT, load_checkpoint, optimize_for_generation
+from configurator import UserError, check, configure, printable, resolve_device, resolve_dtype
+from model import GPT, keep_memory, load_checkpoint, optimize_for_generation
 from prepare import get_tokenizer
 
 init_from = 'resume'   # 'resume' (the best model in out_dir), a folder, a checkpoint, or gpt2-xl

@@ -29,14 +29,13 @@ from configurator import (
     UserError,
     check,
     configure,
-    keep_memory,
     optional,
     printable,
     resolve_device,
     resolve_dtype,
     writing,
 )
-from model import GPT, config_from_settings, configure_optimizers, load_checkpoint, peak_flops
+from model import GPT, config_from_settings, configure_optimizers, keep_memory, load_checkpoint, peak_flops
 from prepare import get_tokenizer, load_dataset, load_windows, lock_folder, shuffled_windows
 
 # input and output
@@ -48,7 +47,6 @@ eval_only = False         # evaluate once and exit
 log_interval = 1          # steps between log lines
 sample_interval = 0       # steps between text samples, at evaluations; 0: never
 always_save_checkpoint = True  # False: save ckpt.pt only at the end and when the val loss improves
-save_interval = 0.0       # minutes between saves, besides those of evaluations; 0: off
 wandb_log = False         # log to Weights & Biases
 wandb_project = 'owt'
 wandb_run_name = 'gpt2'
@@ -292,17 +290,12 @@ def on_signal(number, frame):
         signal.signal(number, signal.SIG_DFL)
 
 
-def max_over_ranks(number):
-    """The maximum over all ranks, for decisions that they take together."""
-    number = torch.tensor(int(number))
+def stop_signal():
+    """The signal that asks any of the ranks to stop, or 0."""
+    number = torch.tensor(signals[0] if signals else 0)
     if ddp:
         dist.all_reduce(number, dist.ReduceOp.MAX)
     return number.item()
-
-
-def stop_signal():
-    """The signal that asks to stop, or 0."""
-    return max_over_ranks(signals[0] if signals else 0)
 
 
 if not eval_only:
@@ -436,7 +429,6 @@ model.train()
 gc.freeze()  # keep the garbage collector from rescanning long-lived objects
 peak = peak_flops(device, dtype)
 start_time = time.perf_counter()
-saved_time = start_time
 logged_time, logged_iter = start_time, iter_num
 stop = 0  # the signal that stops the run
 next_batch = get_batch(iter_num)
@@ -464,7 +456,6 @@ while True:
             save('best.pt', [])
         if improved or always_save_checkpoint or iter_num >= max_iters:
             save_all()  # also at step 0, to notice a full disk early
-            saved_time = time.perf_counter()
         logged_time, logged_iter = time.perf_counter(), iter_num
     if iter_num >= max_iters:
         break
@@ -528,14 +519,10 @@ while True:
             tokens_per_second=tokens_per_second, tokens=(iter_num + 1) * tokens_per_step)
     iter_num += 1
 
-    # save when it is time, stop when a signal asks for it: all ranks at the same step
+    # stop when a signal asks for it: all ranks at the same step
     stop = stop_signal()
-    save_due = time.perf_counter() - saved_time > save_interval * 60
-    if stop or save_interval and max_over_ranks(save_due):
-        save_all()
-        saved_time = logged_time = time.perf_counter()
-        logged_iter = iter_num
     if stop:
+        save_all()
         break
 
 # -- the end ----------------------------------------------------------------------
