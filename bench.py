@@ -223,6 +223,7 @@ def load_for_evaluation():
     """The trained model, its tokenizer and the tokenizer's spec."""
     if not init_from:
         raise UserError(f'task={task} needs a trained model: add --init_from=gpt2, for example')
+    torch.set_float32_matmul_precision('highest')
     model, spec = load_model()
     model_dtype = 'float32' if dtype == 'auto' else resolve_dtype(dtype, device)
     model.to(device, getattr(torch, model_dtype)).eval()

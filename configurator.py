@@ -163,7 +163,7 @@ def _report_error(kind, error, trace):
     if issubclass(kind, MemoryError) or re.search('out of memory|allocate memory', text):
         text = f'out of memory ({text[:100]}): use a smaller batch_size, block_size or model'
     elif rank and (kind.__name__.startswith('Dist') or re.search('gloo|NCCL', text)):
-        text = f'rank {rank} lost contact with another rank: see its error ({text[:200]})'
+        text = f'rank {rank} lost another rank: see its error, or set GLOO_SOCKET_IFNAME ({text[:200]})'
     elif not issubclass(kind, (UserError, OSError)):  # an OSError names its file: permission, disk full, ...
         return sys.__excepthook__(kind, error, trace)
     print(f'error: {text}', file=sys.__stderr__)  # torch.distributed replaces sys.stderr for a while

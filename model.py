@@ -25,6 +25,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
 from configurator import UserError, check, configure, optional, writing
@@ -163,9 +164,9 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, *context):
-        x = x + self.attn(self.ln_1(x), *context)
-        x = x + self.mlp(self.ln_2(x))
-        return x
+        y = self.attn(self.ln_1(x), *context)
+        x = x.type_as(y) + y  # under autocast, bfloat16 like what is added
+        return x + self.mlp(self.ln_2(x))
 
 
 class MeanLoss(torch.autograd.Function):
@@ -219,6 +220,10 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None):
     if ids is not None:
         choice = ids.gather(1, choice)
     return choice.squeeze(1)
+
+
+# for generation: all but cuDNN, which takes time to plan for every new length
+STREAM_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class GPT(nn.Module):
@@ -316,7 +321,8 @@ class GPT(nn.Module):
                 cache = [KVCache(self.config, len(idx), length, self.transformer.wte.weight)
                          for _ in self.transformer.h]
                 new = window
-            logits = self.lm_head(self.hidden(new, cache)[:, -1])
+            with sdpa_kernel(STREAM_ATTENTION):
+                logits = self.lm_head(self.hidden(new, cache)[:, -1])
             token = sample_token(logits[:, :vocab_size], temperature, top_k, top_p)
             yield token
             window = torch.cat((window, token[:, None]), dim=1)
@@ -362,8 +368,9 @@ class GPT(nn.Module):
 
 # dense bfloat16 peak (float16 on older cards) in TFLOPS, from the data sheets; the first match wins
 PEAK_TFLOPS = {
-    'B200': 2250, 'H200': 989, 'H100 PCIe': 756, 'H100': 989, 'A100': 312, 'L40S': 362, 'L4': 121,
-    'A10': 125, 'V100': 125, 'T4': 65, 'RTX 4090': 165, 'RTX 3090': 71,
+    'B200': 2250, 'GH200': 989, 'H200': 989, 'H100 PCIe': 756, 'H100 NVL': 835, 'H100': 989, 'A100': 312,
+    'L40S': 362, 'L40': 181, 'L4': 121, 'A10': 125, 'A10G': 70, 'V100': 125, 'T4': 65, 'RTX 5090': 209,
+    'RTX 4090': 165, 'RTX 3090': 71,
 }
 
 
@@ -615,10 +622,11 @@ def from_nanogpt(checkpoint, path):
     return dict(model=weights, tokenizer=tokenizer, best_val_loss=loss, optimizer=state)
 
 
-def load_checkpoint(source):
+def load_checkpoint(source, verify=True):
     """Load a checkpoint to the CPU: the weights (model), model_args, tokenizer, and what train.py
     needs to resume. The source is the folder of a run (its best.pt, else ckpt.pt), a file that
-    train.py or nanoGPT saved, or what from_pretrained takes. Loading it cannot run code."""
+    train.py or nanoGPT saved, or what from_pretrained takes. Loading it cannot run code. verify: read
+    the file once more to check it."""
     path = Path(source)
     exported = (path / 'config.json').exists() and not (path / 'ckpt.pt').exists()
     if source in PRETRAINED or source.endswith('.safetensors') or exported:
@@ -630,9 +638,10 @@ def load_checkpoint(source):
         raise UserError(f'there is no checkpoint {path}: name a run (--out_dir=FOLDER), a checkpoint or '
                         f'a model (--init_from=gpt2)')
     try:
-        if changed := zipfile.ZipFile(path).testzip():
+        if verify and (changed := zipfile.ZipFile(path).testzip()):
             raise ValueError(f'{changed} has changed since it was saved')  # torch.load would not notice
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+        # a mapped file is in memory once, for all processes; Windows could not replace it
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=os.name == 'posix')
         checkpoint['model_args']  # or it is another file
     except Exception as error:  # torch.load reports damage in many ways
         raise UserError(f'{path} is damaged or not a checkpoint ({str(error)[:80]}): '

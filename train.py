@@ -154,7 +154,7 @@ if init_from == 'scratch':
     raw_model = GPT(config_from_settings(config, vocab_size=padded))
 else:
     path = ckpt_path if resume else init_from
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_checkpoint(path, verify=rank == 0)
     if checkpoint['tokenizer'] != meta['tokenizer']:
         raise UserError(f"{path} and dataset={dataset} have different tokenizers "
                         f"({checkpoint['tokenizer']['type']}, {meta['tokenizer']['type']}): prepare the "
@@ -196,7 +196,7 @@ print0(f'{tokens_per_step:,} tokens per step, {n_starts["train"] / tokens_per_st
 if compile == 'auto':
     long_run = flops_per_step * max_iters / world_size > 1e14  # about ten minutes
     compile = device_type == 'cuda' or device_type == 'cpu' and long_run
-    torch._dynamo.config.suppress_errors = True  # where it fails, go on without it
+    torch._dynamo.config.suppress_errors = True  # if it fails, the loop below warns and goes on
 if compile:  # in place, and so is fully_shard: raw_model keeps its names
     print0('compiling the model (compile=False skips this)')
     if device_type == 'cpu' or fsdp:
@@ -472,11 +472,8 @@ while True:
     # forward and backward, micro-batch by micro-batch
     step_loss = 0
     for micro_step, (x, y, weight) in enumerate(next_batch):
-        last = micro_step == micro_steps - 1  # only then do the ranks exchange gradients
-        if fsdp:
-            model.set_requires_gradient_sync(last)
-        elif ddp:
-            model.require_backward_grad_sync = last
+        if ddp and not fsdp:  # the ranks exchange gradients once; with FSDP each keeps only its share
+            model.require_backward_grad_sync = micro_step == micro_steps - 1
         with autocast:
             _, loss = model(x, y)
             loss = loss * weight
@@ -490,7 +487,7 @@ while True:
     next_batch = get_batch(iter_num + 1)  # prefetch while the GPU computes
     if fsdp:
         norm = norm.full_tensor()
-    norm = norm.item()  # waits for the GPU
+    norm, step_loss = torch.stack([norm, step_loss]).tolist()  # waits for the GPU, once a step
 
     # take the step, unless the gradient overflowed
     if math.isfinite(norm):
@@ -502,9 +499,12 @@ while True:
     scaler.update()
     model.zero_grad(set_to_none=True)
 
+    if compile and torch._dynamo.utils.counters['aot_autograd'].pop('not_ok', 0):
+        print0('warning: torch.compile failed (see above): training goes on without it, at half the speed')
+
     # log the mean loss over all ranks
     if iter_num % log_interval == 0:
-        step_loss = step_loss.cpu() / world_size
+        step_loss = torch.tensor(step_loss / world_size)
         if ddp:
             dist.all_reduce(step_loss)
         now = time.perf_counter()
