@@ -8,8 +8,8 @@ $ python bench.py --task=hellaswag --init_from=gpt2  # commonsense accuracy
 $ python bench.py --task=loss --init_from=gpt2 --source=book.txt
 $ python bench.py --task=curves --runs=out-a,out-b --axis=seconds
 
-The last line of the output is the result as JSON. Under torchrun, train
-measures DDP, and the processes share the work of hellaswag and loss.
+The last line of the output is the result as JSON. For many GPUs, train.py
+prints its speed itself.
 """
 import contextlib
 import json
@@ -24,9 +24,7 @@ from functools import partial
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.nn.utils.rnn import pad_sequence
 
 from configurator import UserError, check, configure, optional, resolve_device, resolve_dtype
@@ -77,19 +75,13 @@ check(settings, "task in ('train', 'generate', 'hellaswag', 'loss', 'curves')", 
       'new_tokens > 1', 'stride >= 0', "optimizer in ('adamw', 'muon')",
       "axis in ('steps', 'tokens', 'seconds')", "quantize in ('', 'int8')")
 config = config_from_settings(settings)
-rank = int(os.environ.get('RANK', 0))
-world_size = int(os.environ.get('WORLD_SIZE', 1))
 device = resolve_device(device)
 device_type = device.partition(':')[0]
 if not rival:
     keep_memory()
 torch.manual_seed(seed)
-if rival and (init_from or world_size > 1 or task not in ('train', 'generate')):
-    raise UserError('a rival is for train and generate, without init_from or torchrun')
-if world_size > 1:
-    dist.init_process_group('cpu:gloo,cuda:nccl' if device_type == 'cuda' else 'gloo')
-if rank > 0:
-    sys.stdout = open(os.devnull, 'w')
+if rival and (init_from or task not in ('train', 'generate')):
+    raise UserError('a rival is for train and generate, without init_from')
 
 # -- speed --------------------------------------------------------------------
 
@@ -143,9 +135,6 @@ def measure_training():
         model.compile_blocks()
     elif compiled:
         model.compile()
-    if world_size > 1:
-        device_ids = [device] if device_type == 'cuda' else None
-        model = DDP(model, device_ids, gradient_as_bucket_view=True)
     autocast = torch.autocast(device_type, getattr(torch, train_dtype), train_dtype != 'float32')
     scaler = torch.amp.GradScaler(device_type, enabled=train_dtype == 'float16')
 
@@ -175,12 +164,12 @@ def measure_training():
         step_ms.append(1000 * (time.perf_counter() - begin) / steps)
     if profile:
         print_profile(partial(train, steps))
-    rates = [world_size * x.numel() / ms * 1000 for ms in step_ms]
-    result = dict(dtype=train_dtype, compile=compiled, processes=world_size, step_ms=step_ms,
+    rates = [x.numel() / ms * 1000 for ms in step_ms]
+    result = dict(dtype=train_dtype, compile=compiled, step_ms=step_ms,
                   tokens_per_second=rates, memory=peak_memory())
     peak = peak_flops(device, train_dtype)
     if peak and not rival:
-        result['mfu'] = flops_per_token * statistics.median(rates) / (peak * world_size)
+        result['mfu'] = flops_per_token * statistics.median(rates) / peak
     return result
 
 
@@ -242,8 +231,8 @@ def score_hellaswag():
         lines = list(f)
     correct = torch.zeros(2)
     progress = Progress('items', len(lines))
-    for number in range(rank, len(lines), world_size):
-        item = json.loads(lines[number])
+    for number, line in enumerate(lines):
+        item = json.loads(line)
         context = tok.encode(item['ctx']).tolist()
         endings = [tok.encode(f' {ending}').tolist() for ending in item['endings']]
         inputs, targets = [], []
@@ -260,8 +249,6 @@ def score_hellaswag():
         means = losses / (y >= 0).sum(dim=1)
         correct += torch.tensor([losses.argmin() == item['label'], means.argmin() == item['label']])
         progress(number)
-    if world_size > 1:
-        dist.all_reduce(correct)
     acc, acc_norm = (correct / len(lines)).tolist()
     return dict(items=len(lines), acc=acc, acc_norm=acc_norm)
 
@@ -301,19 +288,16 @@ def score_text():
         raise UserError(f'stride={stride} skips tokens: use at most {size}, the block_size of the model')
     last = max(0, n_inputs - size)
     starts = [*range(0, last, stride or max(1, size // 2)), last]
-    total = torch.zeros((), dtype=torch.float64)
+    nats = 0
     progress = Progress('windows', len(starts))
-    for i in range(rank, len(starts), world_size):
-        end = min(starts[i] + size, n_inputs)
-        y = targets[starts[i] + 1:end + 1].clone()
+    for i, start in enumerate(starts):
+        end = min(start + size, n_inputs)
+        y = targets[start + 1:end + 1].clone()
         if i > 0:
-            y[:starts[i - 1] + size - starts[i]] = -1  # the previous window scores these
-        _, loss = model(ids[None, starts[i]:end].to(device), y[None].to(device))
-        total += loss.item() * (y >= 0).sum()
+            y[:starts[i - 1] + size - start] = -1  # the previous window scores these
+        _, loss = model(ids[None, start:end].to(device), y[None].to(device))
+        nats += loss.item() * (y >= 0).sum().item()
         progress(i)
-    if world_size > 1:
-        dist.all_reduce(total)
-    nats = total.item()
     scored = [i for i in targets[1:].tolist() if i >= 0]
     count = len(scored)
     n_bytes = len(tok.decode_bytes([i for i in scored if i != tok.eot]))
@@ -419,7 +403,3 @@ for name, value in result.items():
         print(f'{name:<20}{value:,.4f}' if isinstance(value, float) else f'{name:<20}{value}')
 machine = torch.cuda.get_device_name(device) if device_type == 'cuda' else device
 print(json.dumps(dict(task=task, model=init_from, device=machine, **result)), flush=True)
-if world_size > 1:  # wait for all ranks; os._exit skips the shutdown of gloo's threads
-    dist.barrier()
-    dist.destroy_process_group()
-    os._exit(0)

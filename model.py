@@ -222,10 +222,6 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None):
     return choice.squeeze(1)
 
 
-# for generation: all but cuDNN, which takes time to plan for every new length
-STREAM_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-
-
 class GPT(nn.Module):
     """Token ids in; out, at every position, a score (logit) for each possible next token."""
     recompute_activations = False  # recompute blocks in the backward pass: less memory, slower
@@ -321,7 +317,8 @@ class GPT(nn.Module):
                 cache = [KVCache(self.config, len(idx), length, self.transformer.wte.weight)
                          for _ in self.transformer.h]
                 new = window
-            with sdpa_kernel(STREAM_ATTENTION):
+            # all but cuDNN, which plans anew for every length
+            with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
                 logits = self.lm_head(self.hidden(new, cache)[:, -1])
             token = sample_token(logits[:, :vocab_size], temperature, top_k, top_p)
             yield token
@@ -625,8 +622,7 @@ def from_nanogpt(checkpoint, path):
 def load_checkpoint(source, verify=True):
     """Load a checkpoint to the CPU: the weights (model), model_args, tokenizer, and what train.py
     needs to resume. The source is the folder of a run (its best.pt, else ckpt.pt), a file that
-    train.py or nanoGPT saved, or what from_pretrained takes. Loading it cannot run code. verify: read
-    the file once more to check it."""
+    train.py or nanoGPT saved, or what from_pretrained takes. Loading it cannot run code."""
     path = Path(source)
     exported = (path / 'config.json').exists() and not (path / 'ckpt.pt').exists()
     if source in PRETRAINED or source.endswith('.safetensors') or exported:

@@ -352,7 +352,7 @@ def lock_folder(folder, wait=False):
 
 def download(url, path, sha256=None):
     """Download a file, unless it exists. An interrupted download resumes from path.part. The file gets its
-    name when its length is right, and its sha256 where we know it or Hugging Face sends it."""
+    name when its length and, where it is known, its sha256 are right."""
     if os.path.exists(path):
         return
     part = path + '.part'
@@ -362,7 +362,7 @@ def download(url, path, sha256=None):
         print(f'downloading {url}', file=sys.stderr)
         for pause in PAUSES:
             try:
-                sent = fetch(url, part)
+                fetch(url, part)
                 break
             except requests.RequestException as error:
                 reason = error
@@ -371,16 +371,15 @@ def download(url, path, sha256=None):
                 raise OSError(f'cannot write {part}: {error}') from None
         else:
             raise UserError(f'{url}: {reason}: run the same command again to resume')
-        expected = sha256 or sent
-        actual = expected and hashlib.sha256(np.memmap(part, np.uint8, 'r')).hexdigest()
-        if expected != actual:
+        actual = sha256 and hashlib.sha256(np.memmap(part, np.uint8, 'r')).hexdigest()
+        if actual != sha256:
             os.remove(part)
-            raise UserError(f'{url}: the sha256 is {actual}, not {expected}: try again')
+            raise UserError(f'{url}: the sha256 is {actual}, not {sha256}: try again')
         os.replace(part, path)
 
 
 def fetch(url, part):
-    """Try once to complete the file part. Returns the sha256 if Hugging Face sends it."""
+    """Try once to complete the file part."""
     start = os.path.getsize(part) if os.path.exists(part) else 0
     headers = {'Accept-Encoding': 'identity', 'Range': f'bytes={start}-'}
     with requests.get(url, headers=headers, stream=True, timeout=(10, 60)) as reply:
@@ -401,7 +400,6 @@ def fetch(url, part):
                 progress(file.tell() / 1e6)
             if file.tell() < total:
                 raise requests.ConnectionError(f'received {file.tell():,} of {total:,} bytes')
-        return (reply.history or [reply])[0].headers.get('X-Linked-ETag', '').strip('"')
 
 
 # -----------------------------------------------------------------------------
