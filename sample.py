@@ -5,7 +5,7 @@ $ python sample.py --out_dir=out-shakespeare           # the best model of a run
 $ python sample.py --out_dir=out --start="To be" --temperature=0.5
 $ python sample.py --init_from=gpt2-xl --start="The meaning of life is"
 $ python sample.py --out_dir=out-qa --interactive=True # a conversation
-$ cat prompt.txt | python sample.py --init_from=out/ckpt.pt --start=- --stop=END
+$ cat prompt.txt | python sample.py --init_from=out/ckpt.pt --start=-
 
 The text goes to stdout, everything else to stderr.
 """
@@ -29,7 +29,6 @@ max_new_tokens = 500   # maximum length of each text
 temperature = 0.8      # below 1: more predictable; 0: always the most likely token
 top_k = 200            # sample from the k most likely tokens; 0: from all
 top_p = 1.0            # sample from the fewest tokens with this total probability; 1: no limit
-stop = ''              # end a text before this string
 interactive = False    # a conversation, or one prompt after another, from the terminal or stdin
 seed = 1337            # random seed: change it for different text
 device = 'auto'        # 'cpu', 'cuda', 'cuda:1', 'mps'; auto: the best available
@@ -44,30 +43,6 @@ if hasattr(signal, 'SIGPIPE'):
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # sample.py | head ends quietly
 
 
-class TextStream:
-    """Turns the bytes of tokens into text: only whole characters, ending before stop."""
-
-    def __init__(self, stop):
-        self.stop = stop
-        self.held = ''  # text that may be the beginning of stop
-        self.ended = False
-        self.decoder = codecs.getincrementaldecoder('utf-8')('replace')
-
-    def feed(self, data, final=False):
-        """Take the bytes of a token; return the text that can be shown now, all of it if final."""
-        if self.ended:
-            return ''
-        text = self.held + self.decoder.decode(data, final)
-        self.ended = final or bool(self.stop) and self.stop in text
-        if self.ended:
-            return text.partition(self.stop)[0] if self.stop else text
-        hold = len(self.stop)  # characters at the end that stop begins with
-        while hold and not text.endswith(self.stop[:hold]):
-            hold -= 1
-        self.held = text[len(text) - hold:]
-        return text[:len(text) - hold]
-
-
 def read_prompt():
     """The prompt itself, or what a file or stdin contains."""
     if start == '-' or start.startswith('FILE:'):
@@ -77,13 +52,15 @@ def read_prompt():
 
 
 def write_samples(ids, prompt, num_samples):
-    """Print texts that continue the prompt, whose tokens are ids, up to stop or the end of text. The first
-    is streamed, the others follow. Returns the first."""
+    """Print texts that continue the prompt, whose tokens are ids, up to the end of text. The first is
+    streamed, the others follow. Returns the first."""
     if len(ids) > model.config.block_size:
         print(f'the prompt has {len(ids)} tokens; the model sees only the last '
               f'{model.config.block_size}', file=sys.stderr)
-    streams = [TextStream(stop) for _ in range(num_samples)]
     texts = [prompt] * num_samples
+    new_decoder = codecs.getincrementaldecoder('utf-8')  # tokens may end in the middle of a character
+    decoders = [new_decoder('replace') for _ in texts]
+    unfinished = set(range(num_samples))
     print(printable(prompt), end='', flush=True)
 
     begin = time.perf_counter()
@@ -91,29 +68,30 @@ def write_samples(ids, prompt, num_samples):
     idx = torch.tensor([ids] * num_samples, device=device)
     try:
         for tokens in model.stream(idx, max_new_tokens, temperature, top_k, top_p, tok.n_vocab):
-            count += sum(not stream.ended for stream in streams)
             for i, token in enumerate(tokens.tolist()):
-                is_end = token == tok.eot
-                text = streams[i].feed(b'' if is_end else tok.decode_bytes([token]), final=is_end)
-                texts[i] += text
-                if i == 0:
-                    print(printable(text), end='', flush=True)
-            if all(stream.ended for stream in streams):
+                if token == tok.eot:
+                    unfinished.discard(i)
+                if i in unfinished:
+                    text = decoders[i].decode(tok.decode_bytes([token]))
+                    texts[i] += text
+                    if i == 0:
+                        print(printable(text), end='', flush=True)
+            if not unfinished:
                 break
+            count += len(unfinished)
     except KeyboardInterrupt:  # Ctrl-C ends the text, not the session
         if not interactive:
             raise
     seconds = time.perf_counter() - begin
 
-    remainders = [stream.feed(b'', final=True) for stream in streams]
-    print(printable(remainders[0]))
-    for text, remainder in zip(texts[1:], remainders[1:], strict=True):
-        print(f'---------------\n{printable(text + remainder)}')
+    print()
+    for text in texts[1:]:
+        print(f'---------------\n{printable(text)}')
     sys.stdout.flush()
     if not interactive:
         print(f'{count:,} tokens in {seconds:.1f} s: {count / max(seconds, 1e-9):,.0f} tok/s',
               file=sys.stderr)
-    return texts[0] + remainders[0]
+    return texts[0]
 
 
 def continue_text(prompt, num_samples):

@@ -517,22 +517,6 @@ def test_sampling_follows_the_probabilities():
         torch.testing.assert_close(counts / 20_000, expected / expected.sum(), atol=0.015, rtol=0)
 
 
-def test_streamed_text_is_whole_characters_up_to_stop(run):
-    """A token can end in the middle of a character or of the stop string: neither is shown."""
-    TextStream = main('sample.py', f'--out_dir={run}', '--max_new_tokens=0')['TextStream']
-
-    def stream_text(data, stop, size):
-        stream = TextStream(stop)
-        parts = [stream.feed(data[i:i + size]) for i in range(0, len(data), size)]
-        assert '\ufffd' not in ''.join(parts)
-        return ''.join(parts) + stream.feed(b'', final=True)
-    for size in (1, 2, 3, 7):
-        assert stream_text('a🙂é中'.encode(), '', size) == 'a🙂é中'
-        for text in (b'one ENEND two END three', b'one EN'):
-            assert stream_text(text, 'END', size) == 'one EN'
-    assert stream_text('🙂'.encode()[:2], '', 1) == '\ufffd'  # half a character, at the end
-
-
 # -----------------------------------------------------------------------------
 # Tokenizers and data.
 
@@ -1328,7 +1312,7 @@ def test_steps_without_a_finite_gradient_are_skipped(device, data, tmp_path, mon
 
 @pytest.mark.parametrize('device', DEVICES)
 def test_sampling(run, device, capsys):
-    """stdout holds the texts alone, each up to stop. The same seed gives the same text."""
+    """stdout holds the texts alone. The same seed gives the same text."""
     args = [f'--out_dir={run}', '--num_samples=2', '--max_new_tokens=40', f'--device={device}',
             '--dtype=float32']
     main('sample.py', *args, '--start=KING')
@@ -1336,9 +1320,6 @@ def test_sampling(run, device, capsys):
     assert f'{run / "best.pt"}: 27,296 parameters' in output.err and 'tok/s' in output.err
     texts = output.out.split('---------------\n')
     assert [(len(text), text[:4]) for text in texts] == [(45, 'KING')] * 2
-    stop = texts[0][20]
-    main('sample.py', *args, '--start=KING', f'--stop={stop}')
-    assert capsys.readouterr().out.startswith(texts[0][:texts[0].index(stop, 4)] + '\n---')
     shell = shlex.join([sys.executable, str(HERE / 'sample.py'), *args, '--start=-'])
     piped = subprocess.run(f'printf KING | {shell} | head -c 20', shell=True, capture_output=True, text=True)
     assert piped.stdout == output.out[:20] and 'rror' not in piped.stderr
@@ -1359,8 +1340,9 @@ def test_one_prompt_after_another(start, run):
 
 def test_a_conversation_forgets_its_oldest_turns(tmp_path, monkeypatch, capsys):
     """The model sees the system message and the newest turns that leave room for an answer, in the form
-    of the training data. /reset makes it forget them all. A terminal gets no control characters."""
-    spec = dict(type='char', chars='\x03\n\x1b\ufffd' + ''.join(map(chr, range(32, 127))))
+    of the training data. /reset makes it forget them all. A terminal gets whole characters, though a
+    token is a byte here, and no control characters."""
+    spec = dict(type='bpe', split=prepare.SPLIT, merges=[])
     tok = get_tokenizer(spec)
     checkpoint = checkpoint_of(tiny(vocab_size=tok.n_vocab, block_size=100), spec)
     torch.save(checkpoint | dict(config={}, chat=CHAT_FORM), tmp_path / 'ckpt.pt')
@@ -1368,9 +1350,10 @@ def test_a_conversation_forgets_its_oldest_turns(tmp_path, monkeypatch, capsys):
 
     def stream(self, idx, *settings):
         seen.append(tok.decode_bytes(idx[0].tolist()).decode())
-        yield from torch.tensor([[i] for i in tok.encode('o\x1b')] + [[tok.eot], [5]])
+        yield from torch.tensor([[i] for i in tok.encode('🙂\x1b').tolist()] + [[tok.eot], [5]])
     monkeypatch.setattr(GPT, 'stream', stream)
-    turn, question, system = 'User: %s\nAssistant:\no\x1b\x03', 'long ' * 20 + '?', 'Be kind and brief.\n'
+    answer, question, system = '🙂\x1b<|endoftext|>', 'long ' * 20 + '?', 'Be kind and brief.\n'
+    turn = f'User: %s\nAssistant:\n{answer}'
     lines = b'\n'.join([b'a', b'b', b'\xff', b'd', b'/reset', b' f ', b'', b'g', question.encode()])
     monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BytesIO(lines), 'utf-8'))
     monkeypatch.setattr(sys.stdout, 'isatty', lambda: True)
@@ -1378,8 +1361,8 @@ def test_a_conversation_forgets_its_oldest_turns(tmp_path, monkeypatch, capsys):
          '--max_new_tokens=20', '--device=cpu')
     expected = [system + ''.join(turn % question for question in questions)
                 for questions in ('a', 'ab', 'b\ufffd', '\ufffdd', 'f', 'fg', [question])]
-    assert seen == [conversation.removesuffix('o\x1b\x03') for conversation in expected]
-    assert capsys.readouterr().out.count('o?\n') == len(seen)
+    assert seen == [conversation.removesuffix(answer) for conversation in expected]
+    assert capsys.readouterr().out.count('🙂?\n') == len(seen)
 
 
 def question_pairs():
@@ -1399,7 +1382,7 @@ def question_pairs():
 
 
 def test_it_learns_to_answer(tmp_path):
-    """A model trained on pairs answers new questions. Each answer ends without --stop or Ctrl-C."""
+    """A model trained on pairs answers new questions. Each answer ends by itself."""
     capitals = [pair for pair in question_pairs() if ' of ' in pair['prompt']]
     conversations(tmp_path, 'char', capitals)
     main('train.py', *TINY, f'--dataset={tmp_path}/qa', f'--out_dir={tmp_path}/out', '--block_size=64',

@@ -30,7 +30,7 @@ beta1, beta2 = 0.95, 0.95
 
 # 32 sequences x 1,024 tokens x 16 micro-batches = 524,288 tokens a step, shared by 1, 2, 4, 8 or
 # 16 processes. Each computes Muon's whole step: 1.6 TFLOPs, 0.4% of the training step on one
-# GPU and 3% on 8.
+# GPU and 3% on 8. By estimate, 16 x 32 fit GPUs with 24 GB, and 64 x 8 those with 80 GB.
 batch_size = 32
 block_size = 1024
 gradient_accumulation_steps = 16
@@ -39,6 +39,6 @@ warmup_iters = 0
 lr_schedule = 'linear'         # to zero, over the last 70% of the steps
 lr_hold_iters = int(0.3 * max_iters)
 
-eval_interval = 250
-eval_iters = 320               # 10 million tokens
+eval_interval = 650            # each evaluation costs as much as 13 steps
+eval_iters = 320               # 10 million tokens of each split
 log_interval = 10
