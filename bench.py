@@ -59,6 +59,7 @@ stride = 0          # loss: tokens from the start of one window to the next; 0: 
 runs = ''           # folders of runs, or files with nanoGPT's output: out-a,nanoGPT=log.txt
 axis = 'steps'      # horizontal axis: 'steps', 'tokens' or 'seconds'
 plot = ''           # picture to write, such as curves.png; '': draw in the terminal
+title = 'val loss (faint: train loss)'  # title of the picture
 # system
 seed = 1337
 device = 'auto'     # 'cpu', 'cuda', 'cuda:1', 'mps'; auto: the best available
@@ -109,12 +110,12 @@ def print_profile(work):
 
 
 def peak_memory():
-    """The most bytes in use so far, on the GPU or by this process; None where unknown."""
+    """The most GB in use so far, on the GPU or by this process; None where unknown."""
     if device_type == 'cuda':
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated() / 1e9
     if sys.platform == 'linux':
         import resource
-        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
 
 
 def measure_training():
@@ -166,7 +167,7 @@ def measure_training():
         print_profile(partial(train, steps))
     rates = [x.numel() / ms * 1000 for ms in step_ms]
     result = dict(dtype=train_dtype, compile=compiled, step_ms=step_ms,
-                  tokens_per_second=rates, memory=peak_memory())
+                  tokens_per_second=rates, memory_gb=peak_memory())
     peak = peak_flops(device, train_dtype)
     if peak and not rival:
         result['mfu'] = flops_per_token * statistics.median(rates) / peak
@@ -364,7 +365,7 @@ def draw_picture(curves, low, high):
     for number, (name, points) in enumerate(curves.items()):
         axes.plot(*zip(*points['train'], strict=True), color=f'C{number}', alpha=0.3)
         axes.plot(*zip(*points['val'], strict=True), color=f'C{number}', marker='o', label=name)
-    axes.set(title='val loss (faint: train loss)', xlabel=axis, ylabel='loss', ylim=(low, high))
+    axes.set(title=title, xlabel=axis, ylabel='loss', ylim=(low, high))
     axes.legend()
     figure.savefig(plot, dpi=100)
     print(f'wrote {plot}')

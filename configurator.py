@@ -6,9 +6,6 @@ $ python train.py config/train_shakespeare.py --batch_size=32
 
 A path names an override file: ordinary Python that sees the current values.
 --name=value sets one setting; the type follows the default. --help lists all.
-
-A UserError is a mistake that the user can fix. It ends the script with one line
-on stderr and exit code 2.
 """
 import contextlib
 import difflib
@@ -24,7 +21,8 @@ TYPE_NAMES = {bool: 'True or False', int: 'a whole number', float: 'a number', s
 
 
 class UserError(Exception):
-    """A mistake that the user can fix. The message says what is wrong, with the value, and what to do."""
+    """A mistake that the user can fix. The message, one line on stderr, says what is wrong, with the value,
+    and what to do. The exit code is 2."""
 
     def __str__(self):
         return one_line(super().__str__())
@@ -94,7 +92,9 @@ def _run_file(path, settings):
     """Run an override file and return the settings that it defines. Modules, functions and _names
     in it are private."""
     if not os.path.isfile(path) or not path.endswith('.py'):
-        raise UserError(f'there is no override file {path!r} (.py): write a setting as --name=value')
+        nearest = difflib.get_close_matches(path, map(str, Path('config').glob('*.py')), 1)
+        hint = f'did you mean {nearest[0]}?' if nearest else 'write a setting as --name=value'
+        raise UserError(f'there is no override file {path!r} (.py): {hint}')
     scope = dict(settings, __file__=path, __name__='config')
     with open(path, encoding='utf-8-sig') as f:
         exec(compile(f.read(), path, 'exec'), scope)

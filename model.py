@@ -12,6 +12,7 @@ $ python model.py --init_from=out-plain --export_dir=out-plain-hf
 """
 import ctypes
 import json
+import logging
 import math
 import os
 import platform
@@ -53,8 +54,6 @@ class GPTConfig:
               'dropout >= 0', 'dropout < 1', f'activation in {tuple(ACTIVATIONS)}')
         if self.n_embd % self.n_head:
             raise UserError(f'n_embd={self.n_embd} is not divisible by n_head={self.n_head}')
-        if self.rope and self.n_embd // self.n_head % 2:
-            raise UserError(f'rope needs an even n_embd / n_head, not {self.n_embd // self.n_head}')
 
 
 def config_from_settings(settings, **changes):
@@ -331,9 +330,9 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source, **changes):
-        """OpenAI's GPT-2 ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', downloaded once), or a
-        GPT-2 in Hugging Face's format: a folder or a .safetensors file."""
-        return cls.from_checkpoint(load_pretrained(source), **changes)
+        """OpenAI's GPT-2 ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', downloaded once), a run's
+        folder, a checkpoint, or a GPT-2 in Hugging Face's format: a folder or .safetensors file."""
+        return cls.from_checkpoint(load_checkpoint(source), **changes)
 
     @classmethod
     def from_checkpoint(cls, checkpoint, **changes):
@@ -366,8 +365,7 @@ class GPT(nn.Module):
 # dense bfloat16 peak (float16 on older cards) in TFLOPS, from the data sheets; the first match wins
 PEAK_TFLOPS = {
     'B200': 2250, 'GH200': 989, 'H200': 989, 'H100 PCIe': 756, 'H100 NVL': 835, 'H100': 989, 'A100': 312,
-    'L40S': 362, 'L40': 181, 'L4': 121, 'A10': 125, 'A10G': 70, 'V100': 125, 'T4': 65, 'RTX 5090': 209,
-    'RTX 4090': 165, 'RTX 3090': 71,
+    'L40S': 362, 'L4': 121, 'V100': 125, 'T4': 65, 'RTX 5090': 209, 'RTX 4090': 165, 'RTX 3090': 71,
 }
 
 
@@ -593,8 +591,7 @@ def load_pretrained(source):
     exported = read_json(folder / 'meta.json')  # if this code wrote the folder
     tokenizer = dict(type='gpt2' if 50257 <= vocab_size <= 50304 else 'unknown')
     return dict(model=weights, model_args=model_args, tokenizer=exported.get('tokenizer', tokenizer),
-                chat=exported.get('chat'), config={}, iter_num=0, best_val_loss=math.inf,
-                path=str(files[0]))
+                chat=exported.get('chat'), path=str(files[0]))
 
 
 def from_nanogpt(checkpoint, path):
@@ -615,8 +612,7 @@ def from_nanogpt(checkpoint, path):
     names = [name for name in weights if name != 'lm_head.weight']
     names.sort(key=lambda name: weights[name].dim() < 2)
     state = {names[i]: entries for i, entries in checkpoint['optimizer']['state'].items()}
-    loss = float(checkpoint['best_val_loss'])
-    return dict(model=weights, tokenizer=tokenizer, best_val_loss=loss, optimizer=state)
+    return dict(model=weights, tokenizer=tokenizer, optimizer=state)
 
 
 def load_checkpoint(source, verify=True):
@@ -631,7 +627,7 @@ def load_checkpoint(source, verify=True):
         best = path / 'best.pt'
         path = best if best.exists() else path / 'ckpt.pt'
     if not path.exists():
-        raise UserError(f'there is no checkpoint {path}: name a run (--out_dir=FOLDER), a checkpoint or '
+        raise UserError(f'there is no checkpoint {path}: train first, or name a run (--out_dir=FOLDER) or '
                         f'a model (--init_from=gpt2)')
     try:
         if verify and (changed := zipfile.ZipFile(path).testzip()):
@@ -700,9 +696,13 @@ def to_huggingface(checkpoint, folder):
     print(f'wrote {folder}: model.safetensors, {", ".join(files)}')
 
 
-def to_onnx(model, path):
+def to_onnx(model, path, n_vocab):
     """Write the model as an ONNX graph from idx, of any batch size and length, to logits."""
     optional('onnxscript', 'export_onnx')
+    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+    weight = nn.Parameter(model.lm_head.weight[:n_vocab].detach())  # without the padding
+    model.lm_head.weight = model.transformer.wte.weight = weight
+    logging.disable(logging.WARNING)  # the exporter is talkative
     torch.onnx.export(model, (torch.zeros(2, 2, dtype=torch.long),), path, input_names=['idx'],
                       output_names=['logits'], dynamic_shapes=dict(idx={0: 'batch', 1: 'time'}),
                       dynamo=True, verbose=False)
@@ -812,7 +812,7 @@ if __name__ == '__main__':
     if export_dir:
         to_huggingface(checkpoint, export_dir)
     elif export_onnx:
-        to_onnx(model, export_onnx)
+        to_onnx(model, export_onnx, get_tokenizer(checkpoint['tokenizer']).n_vocab)
     elif trace:
         check(settings, f'layer in range({config.n_layer})', f'head in range({config.n_head})')
         trace_text(model, get_tokenizer(checkpoint['tokenizer']), trace, layer, head)

@@ -151,7 +151,10 @@ def get_tokenizer(spec):
     if spec['type'] == 'char':
         return CharTokenizer(spec['chars'])
     if spec['type'] == 'gpt2':
-        return BPETokenizer(tiktoken.get_encoding('gpt2'))
+        try:
+            return BPETokenizer(tiktoken.get_encoding('gpt2'))
+        except requests.RequestException:
+            raise UserError("cannot download GPT-2's tokenizer: fill TIKTOKEN_CACHE_DIR elsewhere") from None
     if spec['type'] == 'bpe':
         pieces = [bytes([byte]) for byte in range(256)]
         for left, right in spec['merges']:
@@ -370,7 +373,7 @@ def download(url, path, sha256=None):
             except OSError as error:  # a full disk
                 raise OSError(f'cannot write {part}: {error}') from None
         else:
-            raise UserError(f'{url}: {reason}: run the same command again to resume')
+            raise UserError(f'{url}: {type(reason).__name__}: run the same command again to resume')
         actual = sha256 and hashlib.sha256(np.memmap(part, np.uint8, 'r')).hexdigest()
         if actual != sha256:
             os.remove(part)
@@ -441,7 +444,7 @@ def prepare(dataset, source='', tokenizer='', vocab_size=4096, val_fraction=0.0,
     n_train = max(1, n_tokens - n_val)
     is_chat = os.path.exists(os.path.join(new, 'train.mask'))
     if is_chat and tok.eot is None:
-        raise UserError('this tokenizer has no token to end an answer: use char, bpe or gpt2')
+        raise UserError('this tokenizer cannot end an answer: train a new model with char, bpe or gpt2')
     split_file(new, 'bin', n_train * dtype.itemsize)
     if is_chat:
         split_file(new, 'mask', n_train)
@@ -457,8 +460,8 @@ def prepare(dataset, source='', tokenizer='', vocab_size=4096, val_fraction=0.0,
     for name in [*names, 'meta.json']:
         os.replace(os.path.join(new, name), os.path.join(folder, name))
     os.rmdir(new)
-    print(f'{folder}: {n_train:,} tokens for training, {n_tokens - n_train:,} for validation, '
-          f'vocabulary {tok.n_vocab:,} ({spec["type"]}), {dtype.name}')
+    print(f'{folder}: vocabulary of {tok.n_vocab:,} ({spec["type"]}), {dtype.name}\n'
+          f'{n_train:,} tokens for training, {n_tokens - n_train:,} for validation')
     lock.close()
 
 

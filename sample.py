@@ -124,6 +124,7 @@ def converse(system):
                 continue_text(line, num_samples=1)
             elif line.strip() == '/reset':
                 turns = []
+                print('forgotten', file=sys.stderr)
             elif line.strip():
                 answer(line.strip(), turns, system)
         except EOFError:  # Ctrl-D

@@ -671,7 +671,7 @@ def test_bad_conversations_are_refused(data, tmp_path):
                              ([PAIR | dict(prompt=['x'])], 'line 1: AttributeError.*: use'),
                              ([dict(messages=[dict(role='tool', content='x')])], 'line 1: KeyError.*tool')):
         refuses(message, conversations, tmp_path, 'bpe', records)
-    refuses('has no token to end an answer: use', conversations, tmp_path, str(data), [PAIR, PAIR])
+    refuses('cannot end an answer: train a new', conversations, tmp_path, str(data), [PAIR, PAIR])
 
 
 def test_every_answered_token_counts_the_same(start, tmp_path, capsys):
@@ -920,11 +920,11 @@ def test_onnx(tmp_path):
     """An ONNX runtime computes the same logits for any batch size and length."""
     pytest.importorskip('onnxscript')
     runtime = pytest.importorskip('onnxruntime')
-    ours, path = tiny(**FLAGS[-1]), str(tmp_path / 'model.onnx')
-    model.to_onnx(ours, path)
+    ours, path = tiny(**FLAGS[-1]), str(tmp_path / 'new' / 'model.onnx')
+    model.to_onnx(ours, path, 9)  # without two ids of padding
     session = runtime.InferenceSession(path, providers=['CPUExecutionProvider'])
     for shape in ((1, 1), (3, 7), (2, 16)):
-        idx = torch.randint(11, shape)
+        idx = torch.randint(9, shape)
         logits, = session.run(None, dict(idx=idx.numpy()))
         torch.testing.assert_close(torch.from_numpy(logits), ours(idx)[0], rtol=1e-4, atol=1e-4)
 
@@ -1034,8 +1034,10 @@ def test_values_take_the_type_of_their_default(tmp_path):
     ('--iters=1.5', 'takes a whole number'), ('--iters=1e999', 'takes a whole number'),
     ('--rate=\n', 'takes a number'), ('--iters', 'write --iters=VALUE, without spaces'),
     ('iters=3', 'write a setting as --name=value'), ('none.py', "no override file 'none.py'"),
+    ('config/train_shakspeare.py', 'did you mean config/train_shakespeare.py'),
     ('README.md', "no override file 'README.md'")])
-def test_bad_arguments_are_refused(arg, message):
+def test_bad_arguments_are_refused(arg, message, monkeypatch):
+    monkeypatch.chdir(HERE)
     refuses(message, configured, arg)
     assert str(UserError('a\x1b[31m\nb')) == 'a?[31m b'  # nothing that a terminal obeys
 
@@ -1490,7 +1492,7 @@ def test_bench_measures(capsys):
     """Rates agree with times, and settings change the model."""
     result = benched(capsys, *BENCH_SHAPE, '--task=train', '--batch_size=2', '--steps=2')
     assert result['tokens_per_second'] == pytest.approx(32 / result['step_ms'] * 1000)
-    assert result['memory'] > 1e7
+    assert result['memory_gb'] > 0.01
     result = benched(capsys, *BENCH_SHAPE, '--task=generate', '--prompt=4', '--new_tokens=9', '--rope=True')
     assert min(result['decode_per_second'], result['first_token_ms']) > 0
     assert result['parameters'] == GPT(GPTConfig(16, 64, 1, 2, 32, bias=False, rope=True)).num_params()
@@ -1519,7 +1521,7 @@ def test_curves(run, capsys, tmp_path):
     ('train.py', '--dataset={tmp}/short', 'holds 1,234 bytes but meta.json says 54,000.*or delete meta.json'),
     ('train.py', '--min_lr=1', 'min_lr=1.0 exceeds learning_rate=0.01'),
     ('train.py', '--activation=silu', "activation='silu' must be in"),
-    ('train.py', '--init_from=resume', 'there is no checkpoint out/ckpt.pt: name a'),
+    ('train.py', '--init_from=resume', 'there is no checkpoint out/ckpt.pt: train first'),
     ('train.py', '--init_from={run} --dataset={tmp}/other', 'have different tokenizers'),
     ('train.py', '--init_from=resume --out_dir={run} --optimizer=muon', 'no state of optimizer=.muon'),
     ('prepare.py', '--source={tmp}/bad.jsonl', 'has its own source'),

@@ -76,7 +76,7 @@ decay_lr = True           # False: constant learning rate, without warmup
 lr_schedule = 'cosine'    # 'cosine' decays to min_lr, 'linear' to zero
 warmup_iters = 2000       # steps of linear warmup
 lr_hold_iters = 0         # steps at the peak learning rate between warmup and decay
-lr_decay_iters = 600000   # step at which the decay ends, usually max_iters
+lr_decay_iters = 0        # step at which the decay ends; 0: max_iters
 min_lr = 6e-5             # final learning rate of 'cosine', usually learning_rate / 10
 # system
 seed = 1337               # random seed of initial weights, data order and dropout
@@ -223,12 +223,14 @@ scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
 full = whole.StateDictOptions(full_state_dict=True, cpu_offload=True)  # also of sharded models
 iter_num = 0
 best_val_loss = math.inf
+best_iter = 0  # the step that had it
 elapsed = 0.0  # seconds of training before this process started
 wandb_id = None
 if resume:  # with the data and dropout of each step, this makes a resumed run exact
     iter_num = checkpoint['iter_num']
     if checkpoint.get('val_set') == val_set and os.path.exists(os.path.join(out_dir, 'best.pt')):
         best_val_loss = checkpoint['best_val_loss']
+        best_iter = checkpoint['best_iter']
     elapsed = checkpoint.get('elapsed', 0.0)
     wandb_id = checkpoint.get('wandb_id')
     print0(f'resuming {ckpt_path} at step {iter_num}')
@@ -393,7 +395,8 @@ def save(name, optimizers):
     weights['lm_head.weight'] = weights['transformer.wte.weight']  # tied: stored once
     checkpoint = dict(
         model=weights, model_args=vars(raw_model.config), config=config, tokenizer=meta['tokenizer'],
-        chat=meta.get('chat'), iter_num=iter_num, best_val_loss=best_val_loss, val_set=val_set,
+        chat=meta.get('chat'), iter_num=iter_num, val_set=val_set,
+        best_val_loss=best_val_loss, best_iter=best_iter,
         optimizer=optimizer_state.get('state', {}), scaler=scaler.state_dict(),
         elapsed=elapsed + time.perf_counter() - start_time, wandb_id=wandb_id)
     try:
@@ -416,7 +419,7 @@ def get_lr(step):
     if step < warmup_iters:
         return learning_rate * (step + 1) / (warmup_iters + 1)
     decay_start = warmup_iters + lr_hold_iters
-    progress = (step - decay_start) / max(1, lr_decay_iters - decay_start)
+    progress = (step - decay_start) / max(1, (lr_decay_iters or max_iters) - decay_start)
     remaining = 1 - max(0, min(1, progress))  # from 1 down to 0
     if lr_schedule == 'linear':
         return learning_rate * remaining
@@ -452,7 +455,7 @@ while True:
             print_sample()
         improved = val_loss < best_val_loss
         if improved:
-            best_val_loss = val_loss
+            best_val_loss, best_iter = val_loss, iter_num
             save('best.pt', [])
         if improved or always_save_checkpoint or iter_num >= max_iters:
             save_all()  # also at step 0, to notice a full disk early
@@ -500,7 +503,7 @@ while True:
     model.zero_grad(set_to_none=True)
 
     if compile and torch._dynamo.utils.counters['aot_autograd'].pop('not_ok', 0):
-        print0('warning: torch.compile failed (see above): training goes on without it, at half the speed')
+        print0('warning: torch.compile failed, see above: training goes on, but slower')
 
     # log the mean loss over all ranks
     if iter_num % log_interval == 0:
@@ -532,8 +535,10 @@ if stop:
     print0(f'stopped by {signal.Signals(stop).name} at step {iter_num}, saved {ckpt_path}. Resume with\n'
            f'{"torchrun ..." if ddp else "python"} {shlex.join(args)} --init_from=resume')
 elif not eval_only:
-    print0(f'best val loss {best_val_loss:.4f}, weights in {out_dir}/best.pt. Sample with\n'
-           f'python {shlex.join(["sample.py", f"--out_dir={out_dir}"])}')
+    print0(f'best val loss {best_val_loss:.4f} at step {best_iter}: {out_dir}/best.pt')
+    if best_iter < iter_num:
+        print0('it has risen since: use more text, fewer steps or more dropout')
+    print0(f'Sample with\npython {shlex.join(["sample.py", f"--out_dir={out_dir}"])}')
 if rank == 0 and not eval_only:
     log_file.close()
     if wandb_log:
