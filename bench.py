@@ -303,7 +303,7 @@ def score_text():
     count = len(scored)
     n_bytes = len(tok.decode_bytes([i for i in scored if i != tok.eot]))
     return dict(tokens=count, loss=nats / count, perplexity=math.exp(nats / count),
-                bits_per_byte=nats / math.log(2) / n_bytes)
+                bits_per_byte=nats / math.log(2) / max(1, n_bytes))
 
 
 # -- loss curves --------------------------------------------------------------
@@ -313,7 +313,7 @@ def read_nanogpt_output(path):
     """The entries that log.jsonl would have, from what nanoGPT printed with log_interval=1."""
     entries = []
     seconds = 0
-    with open(path, encoding='utf-8') as f:
+    with open(path, encoding='utf-8', errors='replace') as f:
         for line in f:
             if match := re.match(r'step (\d+): train loss .*, val loss ([\d.]+)', line):
                 entries.append(dict(iter=int(match[1]), val_loss=float(match[2]), seconds=seconds))
@@ -353,10 +353,11 @@ def draw_curves():
     # a scale that includes the first evaluation would flatten the rest
     losses = [y for points in curves.values() for _, y in points['val'][1:] or points['val']]
     margin = (max(losses) - min(losses)) / 20 or 0.1
+    best = {name: min(y for _, y in points['val']) for name, points in curves.items()}
     draw = draw_picture if plot else draw_in_terminal
-    draw(curves, min(losses) - margin, max(losses) + margin)
+    draw(curves, min(best.values()) - margin, max(losses) + margin)
     print('best val loss:')
-    return {name: min(y for _, y in points['val']) for name, points in curves.items()}
+    return best
 
 
 def draw_picture(curves, low, high):

@@ -31,6 +31,7 @@ import shlex
 import shutil
 import sys
 import time
+import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice, pairwise
@@ -62,8 +63,7 @@ DATASETS = {  # shards: numbers that replace the % in source
 }
 
 # -----------------------------------------------------------------------------
-# Tokenizers. Each has n_vocab, eot (the id that separates documents, or None),
-# encode(text) and decode_bytes(ids).
+# Tokenizers have n_vocab, eot (the id that ends documents, or None), encode(text) and decode_bytes(ids).
 
 END_OF_TEXT = '<|endoftext|>'
 END_CHARACTER = '\x03'  # the same for char tokenizers: ASCII's control character "end of text"
@@ -250,7 +250,7 @@ def read(files, what):
                 for piece in read_file(stream, path):
                     yield piece
                     progress((done + file.tell()) / 1e6)
-            except (OSError, EOFError, ValueError) as error:
+            except (OSError, EOFError, ValueError, zlib.error) as error:
                 raise UserError(f'{path} is damaged or not UTF-8 ({error}): replace it') from None
         done += os.path.getsize(path)
 
@@ -272,7 +272,7 @@ def read_file(stream, path):
             if ids.max() >= GPT2_VOCAB:
                 raise UserError(f'{path} holds the id {ids.max()}, but GPT-2 has {GPT2_VOCAB:,}')
             yield ids, True, False
-    elif name.endswith(('.json', '.csv', '.tsv')):
+    elif name.endswith(('.json', '.ndjson', '.csv', '.tsv')):
         raise UserError(f'{path} is not plain text: convert it to .jsonl, or rename it to .txt')
     elif name.endswith('.jsonl'):
         for number, line in enumerate(stream, 1):
@@ -393,8 +393,7 @@ def fetch(url, part):
         if reply.status_code == 416:  # the partial file does not belong to this one
             os.remove(part)
         reply.raise_for_status()
-        if reply.status_code == 200:  # the whole file
-            start = 0
+        start = start if reply.status_code == 206 else 0  # 200: the whole file
         total = start + int(reply.headers.get('Content-Length', 0))
         progress = Progress('MB', total / 1e6)
         with open(part, 'ab' if start else 'wb') as file:
@@ -420,8 +419,6 @@ def prepare(dataset, source='', tokenizer='', vocab_size=4096, val_fraction=0.0,
     tokenizer = tokenizer or row.get('tokenizer', 'gpt2')
     val_fraction = val_fraction or row.get('val_fraction', 0.1)
     check(dict(val_fraction=val_fraction), 'val_fraction > 0', 'val_fraction < 1')
-    if source.endswith('.bin') and tokenizer != 'gpt2':
-        raise UserError(f"tokenizer={tokenizer!r}, but {source} holds GPT-2's tokens: leave it out")
 
     folder = os.path.join(DATA, dataset)
     lock = lock_folder(folder)
@@ -429,12 +426,14 @@ def prepare(dataset, source='', tokenizer='', vocab_size=4096, val_fraction=0.0,
     if 'val' in row:
         sources.append(row['val'])
     files = [path for source in sources for path in locate(source, folder)]
+    if tokenizer != 'gpt2' and any(path.lower().endswith('.bin') for path in files):
+        raise UserError(f"tokenizer={tokenizer!r}, but shards hold GPT-2's tokens: leave it out")
     spec = make_spec(tokenizer, files, vocab_size)
     tok = get_tokenizer(spec)
     check(dict(vocab_size=tok.n_vocab), 'vocab_size <= 65536')
     dtype = np.dtype('uint8' if tok.n_vocab <= 256 else '<u2')
 
-    new = os.path.join(folder, 'new')  # files move up from here when all are complete
+    new = os.path.join(folder, '.new')  # files move up from here when all are complete
     shutil.rmtree(new, ignore_errors=True)
     os.mkdir(new)
     n_tokens = write_tokens(encode_files(files, tok), dtype, new)
@@ -492,7 +491,7 @@ def make_spec(tokenizer, files, vocab_size):
         if spec:
             return spec
     path = tokenizer if os.path.isfile(tokenizer) else os.path.join(tokenizer, 'ckpt.pt')
-    if os.path.isfile(path):
+    if path.endswith('.pt') and os.path.isfile(path):
         import torch  # only here, as it takes seconds
         if spec := torch.load(path, map_location='cpu', weights_only=True).get('tokenizer'):
             return spec
@@ -556,7 +555,8 @@ def load_dataset(dataset):
     source = '' if dataset in DATASETS else ' --source=FILE_OR_FOLDER_OR_URL'
     advice = f'run python prepare.py --dataset={dataset}{source}'
     meta = read_json(os.path.join(folder, 'meta.json'))
-    if not (meta or os.path.exists(os.path.join(folder, 'new'))) and os.path.exists(bins['val']):  # nanoGPT's
+    moving = os.path.exists(os.path.join(folder, '.new', 'meta.json'))  # prepare was killed as it moved files
+    if not meta and not moving and os.path.exists(bins['val']):  # nanoGPT's
         spec = nanogpt_tokenizer(folder) or dict(type='gpt2')
         meta = dict(tokenizer=spec, vocab_size=len(spec['chars']) if 'chars' in spec else GPT2_VOCAB,
                     dtype='uint16')

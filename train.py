@@ -175,7 +175,7 @@ for split, path in paths.items():
         raise UserError(f'{path} has {n_tokens:,} tokens, too few for a block_size of {block_size}: '
                         'use a longer text or a smaller block_size')
     n_starts[split] = n_tokens - block_size
-    n_windows[split] = min(eval_iters * batch_size, math.ceil(n_starts[split] / block_size))
+    n_windows[split] = min(eval_iters * batch_size, math.ceil((n_tokens - 1) / block_size))
 digest = hashlib.sha256()
 for file in filter(None, (bins['val'], masks['val'])):
     digest.update(np.memmap(file, np.uint8, 'r'))
@@ -228,9 +228,11 @@ elapsed = 0.0  # seconds of training before this process started
 wandb_id = None
 if resume:  # with the data and dropout of each step, this makes a resumed run exact
     iter_num = checkpoint['iter_num']
-    if checkpoint.get('val_set') == val_set and os.path.exists(os.path.join(out_dir, 'best.pt')):
-        best_val_loss = checkpoint['best_val_loss']
-        best_iter = checkpoint['best_iter']
+    best_path = os.path.join(out_dir, 'best.pt')
+    best = load_checkpoint(best_path, verify=False) if os.path.exists(best_path) else {}
+    if best.get('val_set') == val_set:
+        best_val_loss = best['best_val_loss']
+        best_iter = best['iter_num']
     elapsed = checkpoint.get('elapsed', 0.0)
     wandb_id = checkpoint.get('wandb_id')
     print0(f'resuming {ckpt_path} at step {iter_num}')
@@ -250,7 +252,7 @@ if resume and iter_num > 0:
                         f'--init_from={ckpt_path}')
     fresh['state'] = checkpoint['optimizer']
     whole.set_optimizer_state_dict(raw_model, optimizers, fresh, options=full)
-checkpoint = fresh = None  # free their memory
+checkpoint = best = fresh = None  # free their memory
 
 # -- batches ----------------------------------------------------------------------
 
@@ -292,12 +294,17 @@ def on_signal(number, frame):
         signal.signal(number, signal.SIG_DFL)
 
 
-def stop_signal():
-    """The signal that asks any of the ranks to stop, or 0."""
-    number = torch.tensor(signals[0] if signals else 0)
+def max_over_ranks(number):
+    """The maximum over all ranks, for decisions that they take together."""
+    number = torch.tensor(int(number))
     if ddp:
         dist.all_reduce(number, dist.ReduceOp.MAX)
     return number.item()
+
+
+def stop_signal():
+    """The signal that asks any of the ranks to stop, or 0."""
+    return max_over_ranks(signals[0] if signals else 0)
 
 
 if not eval_only:
@@ -370,7 +377,7 @@ if rank == 0 and not eval_only:
     if not resume:
         set_aside(['ckpt.pt', 'best.pt', 'log.jsonl'], 'an earlier run')
     elif best_val_loss == math.inf:
-        set_aside(['best.pt'], 'its val loss was measured on other text')
+        set_aside(['best.pt'], 'its val loss was measured on other windows')
     log_file = open(os.path.join(out_dir, 'log.jsonl'), 'ab', buffering=0)
 
 
@@ -388,15 +395,15 @@ def log(**values):
 
 
 def save(name, optimizers):
-    """Write a checkpoint to out_dir. If that fails, only the last save is an error."""
+    """Write a checkpoint to out_dir, and return whether it worked. Only the last one must."""
     weights, optimizer_state = whole.get_state_dict(raw_model, optimizers, options=full)
     if rank > 0:
-        return
+        return True
     weights['lm_head.weight'] = weights['transformer.wte.weight']  # tied: stored once
     checkpoint = dict(
         model=weights, model_args=vars(raw_model.config), config=config, tokenizer=meta['tokenizer'],
         chat=meta.get('chat'), iter_num=iter_num, val_set=val_set,
-        best_val_loss=best_val_loss, best_iter=best_iter,
+        best_val_loss=best_val_loss,
         optimizer=optimizer_state.get('state', {}), scaler=scaler.state_dict(),
         elapsed=elapsed + time.perf_counter() - start_time, wandb_id=wandb_id)
     try:
@@ -406,6 +413,8 @@ def save(name, optimizers):
         if stop or iter_num >= max_iters:
             raise
         print0(f'warning: {error}; training continues, and the next save tries again')
+        return False
+    return True
 
 
 def save_all():
@@ -453,10 +462,12 @@ while True:
                             f'with a learning_rate below {learning_rate}')
         if sample_interval and iter_num % sample_interval == 0 and rank == 0:
             print_sample()
-        improved = val_loss < best_val_loss
+        improved = max_over_ranks(val_loss < best_val_loss)
         if improved:
+            previous = best_val_loss, best_iter
             best_val_loss, best_iter = val_loss, iter_num
-            save('best.pt', [])
+            if not save('best.pt', []):
+                best_val_loss, best_iter = previous
         if improved or always_save_checkpoint or iter_num >= max_iters:
             save_all()  # also at step 0, to notice a full disk early
         logged_time, logged_iter = time.perf_counter(), iter_num

@@ -19,7 +19,6 @@ gradient_accumulation_steps = 5 * 8
 
 # 300 billion tokens
 max_iters = 600000
-lr_decay_iters = 600000
 
 # evaluate every few minutes
 eval_interval = 1000

@@ -34,7 +34,7 @@ beta1, beta2 = 0.95, 0.95
 batch_size = 32
 block_size = 1024
 gradient_accumulation_steps = 16
-max_iters = lr_decay_iters = 3250
+max_iters = 3250
 warmup_iters = 0
 lr_schedule = 'linear'         # to zero, over the last 70% of the steps
 lr_hold_iters = int(0.3 * max_iters)

@@ -21,7 +21,7 @@ if torch.cuda.is_available() and device != 'cpu':
     learning_rate = 1e-3
     min_lr = 1e-4
     warmup_iters = 100
-    max_iters = lr_decay_iters = 5000
+    max_iters = 5000
     eval_interval = 250
     log_interval = 10
 else:
@@ -38,7 +38,7 @@ else:
     weight_decay = 0.4       # high, because the text is short
     lr_schedule = 'linear'   # to zero: most of the progress comes at the end of the decay
     warmup_iters = 30
-    max_iters = lr_decay_iters = 1400
-    eval_interval = 500
+    max_iters = 1400
+    eval_interval = 200
     eval_iters = 20
     log_interval = 100
