@@ -1269,15 +1269,15 @@ def test_a_full_disk_keeps_the_last_checkpoint(start, data, tmp_path):
     prepared = command('prepare.py', f'--dataset={data.parent}/small', f'--source={data.parent}/small.jsonl',
                        '--tokenizer=char', preexec_fn=limit)
     assert prepared.returncode == 2 and re.search('error: cannot write .*train.bin: ', prepared.stderr)
-    args = [*TINY, f'--dataset={data}', f'--out_dir={tmp_path}', '--max_iters=60', '--learning_rate=0']
-    process = start('train.py', *args, '--decay_lr=False', preexec_fn=limit)
+    args = [*TINY, f'--dataset={data}', f'--out_dir={tmp_path}', '--learning_rate=0', '--min_lr=0']
+    process = start('train.py', *args, '--max_iters=60', preexec_fn=limit)
     assert re.search(r'warning: cannot write .*ckpt.pt: .*continues', read_until(process, 'iter 20'))
     assert {p.name for p in tmp_path.iterdir()} == {'log.jsonl', '.lock'}
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (-1, -1))
     assert 'best val loss' in process.stdout.read() and process.wait(60) == 0
     before = newest.read_bytes()
     assert read_checkpoint(tmp_path, 'best.pt')['iter_num'] > 18
-    resumed = command('train.py', *args, '--init_from=resume', '--max_iters=61', '--min_lr=0', preexec_fn=limit)
+    resumed = command('train.py', *args, '--init_from=resume', '--max_iters=61', preexec_fn=limit)
     assert resumed.returncode == 2 and 'error: cannot write' in resumed.stderr
     assert newest.read_bytes() == before
 
