@@ -229,10 +229,11 @@ wandb_id = None
 if resume:  # with the data and dropout of each step, this makes a resumed run exact
     iter_num = checkpoint['iter_num']
     best_path = os.path.join(out_dir, 'best.pt')
-    best = load_checkpoint(best_path, verify=False) if os.path.exists(best_path) else {}
-    if best.get('val_set') == val_set:
-        best_val_loss = best['best_val_loss']
-        best_iter = best['iter_num']
+    if rank == 0 and os.path.exists(best_path):  # rank 0 knows what is the best
+        best = load_checkpoint(best_path, verify=False)
+        if best.get('val_set') == val_set:
+            best_val_loss = best['best_val_loss']
+            best_iter = best['iter_num']
     elapsed = checkpoint.get('elapsed', 0.0)
     wandb_id = checkpoint.get('wandb_id')
     print0(f'resuming {ckpt_path} at step {iter_num}')
@@ -402,8 +403,7 @@ def save(name, optimizers):
     weights['lm_head.weight'] = weights['transformer.wte.weight']  # tied: stored once
     checkpoint = dict(
         model=weights, model_args=vars(raw_model.config), config=config, tokenizer=meta['tokenizer'],
-        chat=meta.get('chat'), iter_num=iter_num, val_set=val_set,
-        best_val_loss=best_val_loss,
+        chat=meta.get('chat'), iter_num=iter_num, best_val_loss=best_val_loss, val_set=val_set,
         optimizer=optimizer_state.get('state', {}), scaler=scaler.state_dict(),
         elapsed=elapsed + time.perf_counter() - start_time, wandb_id=wandb_id)
     try:
@@ -462,7 +462,7 @@ while True:
                             f'with a learning_rate below {learning_rate}')
         if sample_interval and iter_num % sample_interval == 0 and rank == 0:
             print_sample()
-        improved = max_over_ranks(val_loss < best_val_loss)
+        improved = max_over_ranks(rank == 0 and val_loss < best_val_loss)
         if improved:
             previous = best_val_loss, best_iter
             best_val_loss, best_iter = val_loss, iter_num

@@ -2,7 +2,7 @@
 # $ python train.py config/eval_gpt2.py --dataset=shakespeare
 # $ python train.py config/eval_gpt2.py --init_from=gpt2-xl
 #
-# Losses that nanoGPT's author published for OpenWebText (not reproduced here yet):
+# Losses that nanoGPT's author published for OpenWebText:
 #
 # --init_from     parameters   train    val
 # gpt2                  124M    3.11   3.12

@@ -3,7 +3,7 @@
 # $ python train.py config/finetune_qa.py
 # $ python sample.py --out_dir=out-qa --interactive=True
 #
-# Not run with OpenAI's weights yet. A small model from scratch takes 70 s on two cores (needs pytest):
+# A small model from scratch takes 70 s on two cores (needs pytest):
 # $ python -c "import json, test_model as t; print(*map(json.dumps, t.question_pairs()), sep='\n')" \
 #       > demo.jsonl
 # $ python prepare.py --dataset=demo --source=demo.jsonl --tokenizer=char

@@ -2,7 +2,7 @@
 # $ python train.py config/finetune_shakespeare.py
 # $ python sample.py --out_dir=out-shakespeare-gpt2 --start="ROMEO:"
 #
-# Batch size, learning rate and number of steps are nanoGPT's. Not run with OpenAI's weights yet.
+# Batch size, learning rate and number of steps are nanoGPT's.
 
 out_dir = 'out-shakespeare-gpt2'
 dataset = 'shakespeare'  # the embedded text with GPT-2's tokenizer, prepared automatically

@@ -3,7 +3,7 @@
 # $ torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 #
 # Model, batch size and schedule are nanoGPT's. Its author reports a val loss of about 2.85 on
-# OpenWebText after 4 days on 8 A100 40GB. Not run to the end with this code yet.
+# OpenWebText after 4 days on 8 A100 40GB.
 
 out_dir = 'out-gpt2'
 dataset = 'openwebtext'  # or fineweb
