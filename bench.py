@@ -8,8 +8,8 @@ $ python bench.py --task=hellaswag --init_from=gpt2  # commonsense accuracy
 $ python bench.py --task=loss --init_from=gpt2 --source=book.txt
 $ python bench.py --task=curves --runs=out-a,out-b --axis=seconds
 
-The last line of the output is the result as JSON. For many GPUs, train.py
-prints its speed itself.
+The last line of the output is the result as JSON. On several GPUs, train.py
+prints its own speed.
 """
 import contextlib
 import json
@@ -213,7 +213,7 @@ def load_for_evaluation():
     """The trained model, its tokenizer and the tokenizer's spec."""
     if not init_from:
         raise UserError(f'task={task} needs a trained model: add --init_from=gpt2, for example')
-    torch.set_float32_matmul_precision('highest')
+    torch.set_float32_matmul_precision('highest')  # TF32 would change the scores
     model, spec = load_model()
     model_dtype = 'float32' if dtype == 'auto' else resolve_dtype(dtype, device)
     model.to(device, getattr(torch, model_dtype)).eval()
@@ -264,13 +264,14 @@ def read_source(tok, spec):
         ids = np.fromfile(source, meta['dtype'])
         mask = np.fromfile(source[:-3] + 'mask', bool) if meta.get('chat') else np.ones(len(ids), bool)
         return ids, mask
-    ids, mask = [], []
+    ids, mask = [np.zeros(0, int)], [np.zeros(0, bool)]
     for piece, counts in encode_files(locate(source, os.path.join(DATA, task)), tok):
-        ids.extend(piece.tolist())
-        mask.extend([counts] * len(piece))
-    if all(mask) and ids[-1:] == [tok.eot]:
-        del ids[-1], mask[-1]  # the end of a text, but not of an answer
-    return np.array(ids, int), np.array(mask, bool)
+        ids.append(piece)
+        mask.append(np.full(len(piece), counts))
+    ids, mask = np.concatenate(ids), np.concatenate(mask)
+    if mask.all() and ids[-1:] == [tok.eot]:  # the end of a text, but not of an answer
+        ids, mask = ids[:-1], mask[:-1]
+    return ids, mask
 
 
 @torch.no_grad()

@@ -151,7 +151,7 @@ def writing(path):
         os.replace(tmp, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         tmp.unlink(missing_ok=True)
-        raise OSError(f'cannot write {path}: {str(error).splitlines()[0]}') from None
+        raise OSError(f'cannot write {path}: {one_line(error)[:80]}') from None
 
 
 def _report_error(kind, error, trace):

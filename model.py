@@ -164,7 +164,7 @@ class Block(nn.Module):
 
     def forward(self, x, *context):
         y = self.attn(self.ln_1(x), *context)
-        x = x.type_as(y) + y  # under autocast, bfloat16 like what is added
+        x = x.type_as(y) + y  # under autocast the stream has its dtype: half the memory traffic
         return x + self.mlp(self.ln_2(x))
 
 
@@ -316,7 +316,7 @@ class GPT(nn.Module):
                 cache = [KVCache(self.config, len(idx), length, self.transformer.wte.weight)
                          for _ in self.transformer.h]
                 new = window
-            # all but cuDNN, which plans anew for every length
+            # without cuDNN, which plans anew for every length
             with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
                 logits = self.lm_head(self.hidden(new, cache)[:, -1])
             token = sample_token(logits[:, :vocab_size], temperature, top_k, top_p)
@@ -450,8 +450,7 @@ def configure_optimizers(model, kind, weight_decay, learning_rate, betas):
 
 
 # -----------------------------------------------------------------------------
-# Speed on a CPU: memory that stays, and linear layers for generation. Each token reads every weight, so
-# reading is what takes the time.
+# Speed on a CPU. Generating a token reads every weight, so reading takes the time.
 
 
 def keep_memory():
@@ -505,8 +504,7 @@ class Int8Linear(nn.Module):
 
 
 def optimize_for_generation(model, int8=False):
-    """Replace linear layers with faster ones where the CPU has them. The model can no longer be
-    trained."""
+    """Replace linear layers with faster ones where the CPU has them, which cannot be trained."""
     weight = model.lm_head.weight
     supported = weight.device.type == 'cpu' and platform.machine() in ('x86_64', 'AMD64')
     if int8 and not (supported and torch.cpu._is_vnni_supported()):
@@ -618,10 +616,11 @@ def from_nanogpt(checkpoint, path):
 def load_checkpoint(source, verify=True):
     """Load a checkpoint to the CPU: the weights (model), model_args, tokenizer, and what train.py
     needs to resume. The source is the folder of a run (its best.pt, else ckpt.pt), a file that
-    train.py or nanoGPT saved, or what from_pretrained takes. Loading it cannot run code."""
+    train.py or nanoGPT saved, or what from_pretrained takes. Loading it cannot run code. To verify
+    reads the file once more, for flipped bits."""
     path = Path(source)
     exported = (path / 'config.json').exists() and not (path / 'ckpt.pt').exists()
-    if source in PRETRAINED or source.endswith('.safetensors') or exported:
+    if source in PRETRAINED or path.suffix == '.safetensors' or exported:
         return load_pretrained(source)
     if path.is_dir():
         best = path / 'best.pt'
@@ -634,7 +633,8 @@ def load_checkpoint(source, verify=True):
             raise ValueError(f'{changed} has changed since it was saved')  # torch.load would not notice
         # a mapped file is in memory once, for all processes; Windows could not replace it
         checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=os.name == 'posix')
-        checkpoint['model_args']  # or it is another file
+        if 'model_args' not in checkpoint:
+            raise ValueError('it has no model_args')
     except Exception as error:  # torch.load reports damage in many ways
         raise UserError(f'{path} is damaged or not a checkpoint ({str(error)[:80]}): '
                         'use another, such as ckpt.pt, best.pt or those in earlier-1') from None
@@ -697,12 +697,12 @@ def to_huggingface(checkpoint, folder):
 
 
 def to_onnx(model, path, n_vocab):
-    """Write the model as an ONNX graph from idx, of any batch size and length, to logits."""
+    """Write the model, cut to n_vocab tokens, as an ONNX graph from idx of any batch size and length."""
     optional('onnxscript', 'export_onnx')
     os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-    weight = nn.Parameter(model.lm_head.weight[:n_vocab].detach())  # without the padding
+    weight = nn.Parameter(model.lm_head.weight[:n_vocab].detach())
     model.lm_head.weight = model.transformer.wte.weight = weight
-    logging.disable(logging.WARNING)  # the exporter is talkative
+    logging.getLogger('torch.onnx').setLevel(logging.ERROR)  # it is talkative
     torch.onnx.export(model, (torch.zeros(2, 2, dtype=torch.long),), path, input_names=['idx'],
                       output_names=['logits'], dynamic_shapes=dict(idx={0: 'batch', 1: 'time'}),
                       dynamo=True, verbose=False)

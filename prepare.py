@@ -18,6 +18,7 @@ and "content".
 Tokenizers: char, gpt2, bpe (byte-pair encoding trained on the source), or that
 of a run, a checkpoint or another dataset, to finetune a model on this text.
 """
+import contextlib
 import functools
 import gzip
 import hashlib
@@ -154,7 +155,7 @@ def get_tokenizer(spec):
         try:
             return BPETokenizer(tiktoken.get_encoding('gpt2'))
         except requests.RequestException:
-            raise UserError("cannot download GPT-2's tokenizer: fill TIKTOKEN_CACHE_DIR elsewhere") from None
+            raise UserError("cannot download GPT-2's tokenizer: the README says how to copy it") from None
     if spec['type'] == 'bpe':
         pieces = [bytes([byte]) for byte in range(256)]
         for left, right in spec['merges']:
@@ -184,7 +185,6 @@ def train_bpe(words, n_merges):
     pieces = [bytes([byte]) for byte in range(256)]
     known = set(pieces)
     merges = []
-    progress = Progress('merges', n_merges)
     while heap and heap[0][0] < -1 and len(merges) < n_merges:
         n, pair = heapq.heappop(heap)
         if -n != counts[pair]:  # other merges have reduced the count since
@@ -210,7 +210,6 @@ def train_bpe(words, n_merges):
                     new_pairs.add(new_pair)
         for new_pair in new_pairs:
             heapq.heappush(heap, (-counts[new_pair], new_pair))
-        progress(len(merges))
     return merges
 
 
@@ -299,7 +298,7 @@ def read_record(record):
     question = ''
     for message in messages:
         prefix = CHAT_FORM[message['role']]
-        content = message['content'].strip().replace(END_CHARACTER, '?')
+        content = message['content'].strip().replace(END_CHARACTER, '?')  # or it would end there
         if message['role'] == 'assistant':
             pieces += [(question + prefix, False, False), (content, True, True)]
             question = ''
@@ -373,7 +372,8 @@ def download(url, path, sha256=None):
             except OSError as error:  # a full disk
                 raise OSError(f'cannot write {part}: {error}') from None
         else:
-            raise UserError(f'{url}: {type(reason).__name__}: run the same command again to resume')
+            why = getattr(reason.response, 'status_code', type(reason).__name__)
+            raise UserError(f'{url}: {why}: run the same command again to resume')
         actual = sha256 and hashlib.sha256(np.memmap(part, np.uint8, 'r')).hexdigest()
         if actual != sha256:
             os.remove(part)
@@ -459,7 +459,7 @@ def prepare(dataset, source='', tokenizer='', vocab_size=4096, val_fraction=0.0,
     for name in [*names, 'meta.json']:
         os.replace(os.path.join(new, name), os.path.join(folder, name))
     os.rmdir(new)
-    print(f'{folder}: vocabulary of {tok.n_vocab:,} ({spec["type"]}), {dtype.name}\n'
+    print(f'{dataset}: vocabulary of {tok.n_vocab:,} ({spec["type"]}), {dtype.name}\n'
           f'{n_train:,} tokens for training, {n_tokens - n_train:,} for validation')
     lock.close()
 
@@ -518,17 +518,16 @@ def write_tokens(pieces, dtype, folder):
     Returns the number of tokens."""
     n_tokens = 0
     mask = None
-    with writing(os.path.join(folder, 'train.bin')) as file:
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(writing(os.path.join(folder, 'train.bin')))
         for ids, counts in pieces:
             if not counts and not mask:
-                mask = open(os.path.join(folder, 'train.mask'), 'wb')
+                mask = stack.enter_context(writing(os.path.join(folder, 'train.mask')))
                 mask.write(b'\x01' * n_tokens)
             file.write(ids.astype(dtype).tobytes())
             if mask:
                 mask.write(bytes([counts]) * len(ids))
             n_tokens += len(ids)
-        if mask:
-            mask.close()
     return n_tokens
 
 

@@ -176,15 +176,15 @@ for split, path in paths.items():
                         'use a longer text or a smaller block_size')
     n_starts[split] = n_tokens - block_size
     n_windows[split] = min(eval_iters * batch_size, math.ceil((n_tokens - 1) / block_size))
-digest = hashlib.sha256()
-for file in filter(None, (bins['val'], masks['val'])):
-    digest.update(np.memmap(file, np.uint8, 'r'))
-val_set = [digest.hexdigest(), n_windows['val']]  # what the best val loss is measured on
+if rank == 0:  # what the best val loss is measured on
+    digest = hashlib.sha256()
+    for file in filter(None, (bins['val'], masks['val'])):
+        digest.update(np.memmap(file, np.uint8, 'r'))
+    val_set = [digest.hexdigest(), n_windows['val']]
 
 dtype = resolve_dtype(dtype, device)
-if dtype == 'float16' and (optimizer == 'muon' or fsdp):
-    raise UserError("dtype='float16' works only with optimizer='adamw' and parallel='ddp': "
-                    'use those, or --dtype=float32')
+if dtype == 'float16' and fsdp:
+    raise UserError("dtype='float16' does not work with parallel='fsdp': use ddp, or --dtype=float32")
 autocast = torch.autocast(device_type, getattr(torch, dtype), enabled=dtype != 'float32')
 tokens_per_step = gradient_accumulation_steps * batch_size * block_size
 flops_per_step = raw_model.flops_per_token() * tokens_per_step
@@ -365,7 +365,7 @@ def set_aside(names, reason):
         os.mkdir(folder)
         for name in files:
             os.rename(os.path.join(out_dir, name), os.path.join(folder, name))
-        print(f'moved {", ".join(files)} to {folder}: {reason}')
+        print0(f'moved {", ".join(files)} to {folder}: {reason}')
 
 
 if fsdp and sample_interval:
@@ -486,7 +486,7 @@ while True:
     # forward and backward, micro-batch by micro-batch
     step_loss = 0
     for micro_step, (x, y, weight) in enumerate(next_batch):
-        if ddp and not fsdp:  # the ranks exchange gradients once; with FSDP each keeps only its share
+        if ddp and not fsdp:  # DDP exchanges gradients once; FSDP each time, to keep only shards of them
             model.require_backward_grad_sync = micro_step == micro_steps - 1
         with autocast:
             _, loss = model(x, y)
@@ -548,7 +548,7 @@ if stop:
 elif not eval_only:
     print0(f'best val loss {best_val_loss:.4f} at step {best_iter}: {out_dir}/best.pt')
     if best_iter < iter_num:
-        print0('it has risen since: use more text, fewer steps or more dropout')
+        print0('it has not improved since: use more text, fewer steps or more dropout')
     print0(f'Sample with\npython {shlex.join(["sample.py", f"--out_dir={out_dir}"])}')
 if rank == 0 and not eval_only:
     log_file.close()

@@ -11,8 +11,8 @@ wandb_run_name = 'gpt2-124M'
 
 # 12 sequences x 1,024 tokens x 40 micro-batches = 491,520 tokens a step, about as many as GPT-2's
 # half a million. 1, 2, 4, 5, 8, 10, 20 or 40 processes can share the micro-batches: with fewer
-# GPUs the run is the same, but slower. Larger micro-batches are faster. By estimate, 20 x 24 fit
-# GPUs with 24 GB, and 60 x 8 those with 80 GB: batch_size x gradient_accumulation_steps stays 480.
+# GPUs the run is the same, but slower. Larger micro-batches are faster. By estimate, a
+# batch_size of 20 fits GPUs with 24 GB (24 micro-batches), and 60 those with 80 GB (8).
 batch_size = 12
 block_size = 1024
 gradient_accumulation_steps = 5 * 8

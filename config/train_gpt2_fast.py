@@ -29,7 +29,8 @@ beta1, beta2 = 0.95, 0.95
 
 # 32 sequences x 1,024 tokens x 16 micro-batches = 524,288 tokens a step, shared by 1, 2, 4, 8 or
 # 16 processes. Each computes Muon's whole step: 1.6 TFLOPs, 0.4% of the training step on one
-# GPU and 3% on 8. By estimate, 16 x 32 fit GPUs with 24 GB, and 64 x 8 those with 80 GB.
+# GPU and 3% on 8. By estimate, a batch_size of 16 fits GPUs with 24 GB (32 micro-batches), and
+# 64 those with 80 GB (8).
 batch_size = 32
 block_size = 1024
 gradient_accumulation_steps = 16

@@ -1,9 +1,9 @@
-# Train a model of 12M parameters on 5 to 50 MB of your own text: a night on a laptop, minutes on a GPU.
+# Train a model of 12M parameters on 5 to 50 MB of your own text, in a night on a laptop.
 # $ python prepare.py --dataset=mine --source=my_texts/ --tokenizer=bpe
-# $ python train.py config/train_small.py --dataset=mine --out_dir=out-mine
+# $ python train.py config/train_small.py
 # $ python sample.py --out_dir=out-mine
 
-out_dir = 'out-small'
+out_dir = 'out-mine'
 dataset = 'mine'
 
 n_layer, n_head, n_embd = 6, 3, 384  # heads of 128 channels
