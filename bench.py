@@ -269,7 +269,7 @@ def read_source(tok, spec):
         ids.append(piece)
         mask.append(np.full(len(piece), counts))
     ids, mask = np.concatenate(ids), np.concatenate(mask)
-    if mask.all() and ids[-1:] == [tok.eot]:  # the end of a text, but not of an answer
+    if mask.all() and ids[-1:].tolist() == [tok.eot]:  # the end of a text, but not of an answer
         ids, mask = ids[:-1], mask[:-1]
     return ids, mask
 
