@@ -1384,7 +1384,7 @@ def question_pairs():
 
 
 def test_it_learns_to_answer(tmp_path):
-    """A model trained on pairs answers new questions. Each answer ends by itself."""
+    """A model trained on pairs answers new questions, and ends each answer."""
     capitals = [pair for pair in question_pairs() if ' of ' in pair['prompt']]
     conversations(tmp_path, 'char', capitals)
     main('train.py', *TINY, f'--dataset={tmp_path}/qa', f'--out_dir={tmp_path}/out', '--block_size=64',
