@@ -326,14 +326,14 @@ def read_nanogpt_output(path):
 
 def read_run(path):
     """The losses of a run: {'train': [(x, loss), ...], 'val': [(x, loss), ...]}, x as axis says."""
-    if os.path.isfile(path):
-        entries = read_nanogpt_output(path)
-    else:
-        entries = []
+    entries = []
+    if os.path.isdir(path):
         with open(os.path.join(path, 'log.jsonl'), encoding='utf-8', errors='replace') as f:
             for line in f:
                 with contextlib.suppress(ValueError):  # half a line, when the disk was full
                     entries.append(json.loads(line))
+    else:
+        entries = read_nanogpt_output(path)
     points = dict(train={}, val={})
     x = 'iter' if axis == 'steps' else axis
     for entry in entries:

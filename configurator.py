@@ -92,9 +92,9 @@ def _run_file(path, settings):
     """Run an override file and return the settings that it defines. Modules, functions and _names
     in it are private."""
     if not os.path.isfile(path) or not path.endswith('.py'):
-        nearest = difflib.get_close_matches(path, map(str, Path('config').glob('*.py')), 1)
+        nearest = difflib.get_close_matches(path, map(str, Path(path).parent.glob('*.py')), 1)
         hint = f'did you mean {nearest[0]}?' if nearest else 'write a setting as --name=value'
-        raise UserError(f'there is no override file {path!r} (.py): {hint}')
+        raise UserError(f'there is no override file {path!r}: {hint}')
     scope = dict(settings, __file__=path, __name__='config')
     with open(path, encoding='utf-8-sig') as f:
         exec(compile(f.read(), path, 'exec'), scope)

@@ -677,13 +677,12 @@ def to_huggingface(checkpoint, folder):
         if not config.bias and name.endswith(('ln_1.weight', 'ln_2.weight', 'ln_f.weight', *TRANSPOSED)):
             tensors[name.replace('weight', 'bias')] = torch.zeros(len(w))
 
-    ends = dict(bos_token_id=tok.eot, eos_token_id=tok.eot)
     files = {
-        'config.json': GPT2_CONFIG | ends | dict(
+        'config.json': GPT2_CONFIG | dict(
             architectures=['GPT2LMHeadModel'], dtype='float32', n_layer=config.n_layer,
             n_head=config.n_head, n_embd=config.n_embd, n_positions=config.block_size,
             n_ctx=config.block_size,  # which llama.cpp's converter reads
-            vocab_size=tok.n_vocab),
+            vocab_size=tok.n_vocab, bos_token_id=tok.eot, eos_token_id=tok.eot),
         'meta.json': dict(tokenizer=checkpoint['tokenizer'], chat=checkpoint.get('chat')),
     }
     if isinstance(tok, BPETokenizer):
@@ -703,6 +702,7 @@ def to_onnx(model, path, n_vocab):
     weight = nn.Parameter(model.lm_head.weight[:n_vocab].detach())
     model.lm_head.weight = model.transformer.wte.weight = weight
     logging.getLogger('torch.onnx').setLevel(logging.ERROR)  # it is talkative
+    warnings.simplefilter('ignore', FutureWarning)
     torch.onnx.export(model, (torch.zeros(2, 2, dtype=torch.long),), path, input_names=['idx'],
                       output_names=['logits'], dynamic_shapes=dict(idx={0: 'batch', 1: 'time'}),
                       dynamo=True, verbose=False)

@@ -373,7 +373,8 @@ def download(url, path, sha256=None):
                 raise OSError(f'cannot write {part}: {error}') from None
         else:
             why = getattr(reason.response, 'status_code', type(reason).__name__)
-            raise UserError(f'{url}: {why}: run the same command again to resume')
+            name = f'{os.path.basename(path)} from {url.split("/")[2]}'
+            raise UserError(f'cannot download {name} ({why}): run the same command again to resume')
         actual = sha256 and hashlib.sha256(np.memmap(part, np.uint8, 'r')).hexdigest()
         if actual != sha256:
             os.remove(part)
