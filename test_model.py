@@ -1212,14 +1212,13 @@ def test_a_run_moves_between_one_process_and_many(start, data, tmp_path):
 
 @linux_only
 def test_output_never_ends_a_run(start, run, data, tmp_path):
-    """Ctrl-C ends 'tee' too: the run saves although nobody reads what it prints. A terminal may lack
-    characters, and a machine a compiler."""
+    """Ctrl-C ends 'tee' too: the run saves although nobody reads what it prints. A terminal may
+    lack characters."""
     out = shutil.copytree(run, tmp_path / 'naïve')
-    env = dict(os.environ, PYTHONIOENCODING='ascii', CXX='false', TORCHINDUCTOR_CACHE_DIR=tmp_path)
-    process = start('train.py', *TINY, f'--dataset={data}', f'--out_dir={out}', '--max_iters=1e9',
-                    '--eval_interval=1000000', '--init_from=resume', env=env)
-    output = read_until(process, 'iter 8')
-    assert 'na?ve' in output and '\nwarning: torch.compile failed' in output
+    process = start('train.py', *TINY, f'--dataset={data}', f'--out_dir={out}', '--max_iters=1e6',
+                    '--eval_interval=1000000', '--init_from=resume',
+                    env=dict(os.environ, PYTHONIOENCODING='ascii'))
+    assert 'na?ve' in read_until(process, 'iter 8')
     process.stdout.close()
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
