@@ -616,8 +616,8 @@ def from_nanogpt(checkpoint, path):
 def load_checkpoint(source, verify=True):
     """Load a checkpoint to the CPU: the weights (model), model_args, tokenizer, and what train.py
     needs to resume. The source is the folder of a run (its best.pt, else ckpt.pt), a file that
-    train.py or nanoGPT saved, or what from_pretrained takes. Loading it cannot run code. To verify
-    reads the file once more, for flipped bits."""
+    train.py or nanoGPT saved, or what from_pretrained takes. Loading it cannot run code. With
+    verify it reads the file once more, to find flipped bits."""
     path = Path(source)
     exported = (path / 'config.json').exists() and not (path / 'ckpt.pt').exists()
     if source in PRETRAINED or path.suffix == '.safetensors' or exported:
