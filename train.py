@@ -196,7 +196,12 @@ print0(f'{tokens_per_step:,} tokens per step, {n_starts["train"] / tokens_per_st
 if compile == 'auto':
     long_run = flops_per_step * max_iters / world_size > 1e14  # about ten minutes
     compile = device_type == 'cuda' or device_type == 'cpu' and long_run
-    torch._dynamo.config.suppress_errors = True  # if it fails, the loop below warns and goes on
+    try:
+        if compile:  # something small first
+            torch.compile(torch.exp)(torch.ones(2, device=device))
+    except Exception as error:
+        print0(f'warning: training is slower, torch.compile fails: {error}'.split('\n')[0])
+        compile = False
 if compile:  # in place, and so is fully_shard: raw_model keeps its names
     print0('compiling the model (compile=False skips this)')
     if device_type == 'cpu' or fsdp:
@@ -512,9 +517,6 @@ while True:
         log(skipped=True)
     scaler.update()
     model.zero_grad(set_to_none=True)
-
-    if compile and torch._dynamo.utils.counters['aot_autograd'].pop('not_ok', 0):
-        print0('warning: torch.compile failed, see above: training goes on, but slower')
 
     # log the mean loss over all ranks
     if iter_num % log_interval == 0:
