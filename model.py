@@ -755,8 +755,8 @@ def trace_text(model, tok, text, layer, head):
     scores = q[0, head] @ k[0, head].T / math.sqrt(q.shape[-1])
     weights = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf).softmax(dim=-1)
     last = range(max(0, T - 16), T)  # as many tokens as fit 80 columns
-    print(f'\nlayer {layer}, head {head}: percent of attention from each token (row) to each (column)\n'
-          + ' ' * 16 + ''.join(f'{i:>4}' for i in last))
+    print(f'\nlayer {layer}, head {head}, last {len(last)} tokens: percent of attention from row to column'
+          + '\n' + ' ' * 16 + ''.join(f'{i:>4}' for i in last))
     for i in last:
         shares = ''.join(f'{100 * weight:>4.0f}' for weight in weights[i, last[0]:i + 1])
         print(f'{i:>4} {show(ids[i]):<11}{shares}')

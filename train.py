@@ -529,8 +529,8 @@ while True:
         tokens_per_second = tokens_per_step / seconds
         eta = datetime.timedelta(seconds=round(seconds * (max_iters - iter_num - 1)))
         mfu = f', mfu {flops_per_step / seconds / (peak * world_size):.1%}' if peak else ''
-        print0(f'iter {iter_num}: loss {step_loss:.4f}, eta {eta}, {seconds * 1000:.1f}ms, '
-               f'{tokens_per_second:,.0f} tok/s{mfu}, lr {lr:.1e}, norm {norm:.2f}')
+        print0(f'iter {iter_num}: loss {step_loss:.4f}, norm {norm:.2f}, '
+               f'{tokens_per_second:,.0f} tok/s{mfu}, eta {eta}')
         log(loss=step_loss.item(), lr=lr, grad_norm=norm, time_ms=seconds * 1000,
             tokens_per_second=tokens_per_second, tokens=(iter_num + 1) * tokens_per_step)
     iter_num += 1
