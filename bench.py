@@ -175,7 +175,7 @@ def measure_training():
 
 
 def measure_generation():
-    """Time the first token, which includes reading the prompt, and the others."""
+    """Time the first token, with reading the prompt, and the others."""
     model, _ = load_model()
     model_dtype = resolve_dtype(dtype, device)
     model.to(device, getattr(torch, model_dtype)).eval()

@@ -12,6 +12,7 @@ import difflib
 import importlib
 import os
 import re
+import runpy
 import sys
 import textwrap
 from pathlib import Path
@@ -95,9 +96,7 @@ def _run_file(path, settings):
         nearest = difflib.get_close_matches(path, map(str, Path(path).parent.glob('*.py')), 1)
         hint = f'did you mean {nearest[0]}?' if nearest else 'write a setting as --name=value'
         raise UserError(f'there is no override file {path!r}: {hint}')
-    scope = dict(settings, __file__=path, __name__='config')
-    with open(path, encoding='utf-8-sig') as f:
-        exec(compile(f.read(), path, 'exec'), scope)
+    scope = runpy.run_path(path, settings)
     return {name: value for name, value in scope.items() if name in settings
             or not (name.startswith('_') or callable(value) or isinstance(value, type(sys)))}
 

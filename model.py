@@ -52,8 +52,9 @@ class GPTConfig:
     def __post_init__(self):
         check(vars(self), 'block_size > 0', 'vocab_size > 0', 'n_layer > 0', 'n_head > 0', 'n_embd > 0',
               'dropout >= 0', 'dropout < 1', f'activation in {tuple(ACTIVATIONS)}')
-        if self.n_embd % self.n_head:
-            raise UserError(f'n_embd={self.n_embd} is not divisible by n_head={self.n_head}')
+        multiple = 2 * self.n_head if self.rope else self.n_head  # rope rotates pairs of channels
+        if self.n_embd % multiple:
+            raise UserError(f'n_embd={self.n_embd} is not divisible by {multiple}: change it or n_head')
 
 
 def config_from_settings(settings, **changes):
@@ -164,7 +165,7 @@ class Block(nn.Module):
 
     def forward(self, x, *context):
         y = self.attn(self.ln_1(x), *context)
-        x = x.type_as(y) + y  # under autocast the stream has its dtype: half the memory traffic
+        x = x.type_as(y) + y  # keep the stream in autocast's dtype: half the memory traffic
         return x + self.mlp(self.ln_2(x))
 
 
@@ -456,7 +457,7 @@ def configure_optimizers(model, kind, weight_decay, learning_rate, betas):
 def keep_memory():
     """Make the C library keep freed memory for the next tensors. By default it returns large blocks
     to the system, which zeroes them on reuse. That costs a third of a GPT-2 training step on a CPU."""
-    if platform.libc_ver()[0] == 'glibc':
+    if platform.system() == 'Linux' and platform.libc_ver()[0] == 'glibc':
         libc = ctypes.CDLL(None)
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from malloc.h
         libc.mallopt(M_TRIM_THRESHOLD, -1)
@@ -623,15 +624,14 @@ def load_checkpoint(source, verify=True):
     if source in PRETRAINED or path.suffix == '.safetensors' or exported:
         return load_pretrained(source)
     if path.is_dir():
-        best = path / 'best.pt'
-        path = best if best.exists() else path / 'ckpt.pt'
+        path = path / ('best.pt' if (path / 'best.pt').exists() else 'ckpt.pt')
     if not path.exists():
         raise UserError(f'there is no checkpoint {path}: train first, or name a run (--out_dir=FOLDER) or '
                         f'a model (--init_from=gpt2)')
     try:
         if verify and (changed := zipfile.ZipFile(path).testzip()):
             raise ValueError(f'{changed} has changed since it was saved')  # torch.load would not notice
-        # a mapped file is in memory once, for all processes; Windows could not replace it
+        # map the file: all processes share one copy. Windows cannot replace a mapped file
         checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=os.name == 'posix')
         if 'model_args' not in checkpoint:
             raise ValueError('it has no model_args')

@@ -96,12 +96,12 @@ def write_samples(ids, prompt, num_samples):
 
 def continue_text(prompt, num_samples):
     ids = tok.encode(prompt, special=True).tolist()
-    write_samples(ids or [tok.eot or 0], prompt, num_samples)  # or the end of a text
+    write_samples(ids or [tok.eot or 0], prompt, num_samples)  # an empty prompt: the end of a text
 
 
 def answer(question, turns, system):
-    """Print the answer to a question, asked in the form of the training data. Adds both to turns, which like
-    system are ids, and drops the oldest turns that leave no room."""
+    """Print the answer to a question, asked in the form of the training data, and add both to turns, which
+    like system are ids. The oldest turns make room."""
     ids = tok.encode(form['user'] + question + '\n' + form['assistant']).tolist()
     block_size = model.config.block_size
     room = block_size - min(max_new_tokens, block_size // 2)

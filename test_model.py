@@ -83,12 +83,6 @@ def main(script, *args, code=0):
             signal.signal(number, handler)
 
 
-def command(script, *args, **kwargs):
-    """Run a script as a user does, and wait for it."""
-    return subprocess.run([sys.executable, HERE / script, *args], capture_output=True, text=True,
-                          timeout=120, **kwargs)
-
-
 @pytest.fixture
 def start():
     """Starts a script as a user does, optionally under torchrun, and returns the process."""
@@ -267,7 +261,7 @@ def test_gelu_is_relu_with_its_corner_rounded_off():
     """Far from zero they agree. Near it GELU is smooth, and below zero it still has a slope."""
     x = torch.tensor([-4.0, -1.0, -0.5, 0.0, 0.5, 1.0, 4.0], requires_grad=True)
     relu = torch.nn.functional.relu(x)
-    gelu = torch.nn.functional.gelu(x, approximate='tanh')
+    gelu = model.ACTIVATIONS['gelu'](x)
     definition = x * torch.distributions.Normal(0, 1).cdf(x)  # x * P(a normal number < x)
     torch.testing.assert_close(gelu, definition, atol=1e-3, rtol=0)
     assert (gelu - relu).abs()[[0, 6]].max() < 1e-3
@@ -1123,8 +1117,8 @@ def test_a_stopped_run_resumes_exactly(optimizer, stop, start, data, tmp_path, c
 
 def test_resume_uses_new_settings_and_never_saves_a_broken_model(run, data, tmp_path):
     """The saved optimizer state does not bring back old settings. A worse model does not replace
-    best.pt, also when the data has moved. On another text the best starts anew, and the old one is kept. A
-    model that is not finite replaces nothing."""
+    best.pt, not even when the data has moved. On another text the best starts anew, and the old one is
+    kept. A model that is not finite replaces nothing."""
     out, moved = shutil.copytree(run, tmp_path / 'out'), shutil.copytree(data, tmp_path / 'moved')
     args = [*TINY, f'--dataset={moved}', f'--out_dir={out}', '--init_from=resume']
     namespace = main('train.py', *args, '--eval_only=True', '--weight_decay=0.7', '--n_embd=64')
@@ -1162,8 +1156,8 @@ def test_a_compiled_model_is_saved_under_its_own_names(run, data, tmp_path, monk
 
 @pytest.mark.skipif('cuda' not in DEVICES, reason='needs an NVIDIA GPU')
 def test_a_run_on_a_gpu_is_the_same_in_all_modes(start, data, tmp_path):
-    """Compiled, with DDP or FSDP, or stopped and resumed, it has the losses of a plain one; with a bfloat16
-    stream about the same."""
+    """Compiled, with DDP or FSDP, stopped and resumed, or in bfloat16, it has about the losses of a plain
+    one."""
     args = [*TINY, f'--dataset={data}', '--device=cuda', '--dtype=float32', '--compile=False', '--dropout=0']
     torchrun = '--standalone', '--nproc_per_node=1'
 
@@ -1173,13 +1167,13 @@ def test_a_run_on_a_gpu_is_the_same_in_all_modes(start, data, tmp_path):
         assert process.wait(300) == 0, output
     train('plain')
     train('compiled', '--compile=True')
-    train('ddp', torchrun=torchrun)
-    train('fsdp', '--parallel=fsdp', torchrun=torchrun)
+    train('ddp', '--compile=True', torchrun=torchrun)
+    train('fsdp', '--compile=True', '--parallel=fsdp', torchrun=torchrun)
     train('resumed', '--max_iters=3')
     train('resumed', '--init_from=resume')
     train('bfloat16', '--dtype=bfloat16')
-    for name, rel in dict(compiled=1e-2, ddp=1e-2, fsdp=1e-2, resumed=1e-2, bfloat16=1e-1).items():
-        assert_close_losses(tmp_path / 'plain', tmp_path / name, rel)
+    for name in ('compiled', 'ddp', 'fsdp', 'resumed', 'bfloat16'):
+        assert_close_losses(tmp_path / 'plain', tmp_path / name, rel=2e-2)
 
 
 @linux_only
@@ -1265,9 +1259,9 @@ def test_a_full_disk_keeps_the_last_checkpoint(start, data, tmp_path):
     limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (20_000, -1))
     newest = tmp_path / 'ckpt.pt'
     (data.parent / 'small.jsonl').write_text('{"text": "a few words"}\n' * 3000)
-    prepared = command('prepare.py', f'--dataset={data.parent}/small', f'--source={data.parent}/small.jsonl',
-                       '--tokenizer=char', preexec_fn=limit)
-    assert prepared.returncode == 2 and re.search('error: cannot write .*train.bin: ', prepared.stderr)
+    process = start('prepare.py', f'--dataset={data.parent}/small', f'--source={data.parent}/small.jsonl',
+                    '--tokenizer=char', preexec_fn=limit)
+    assert re.search('error: cannot write .*train.bin: ', process.stdout.read()) and process.wait(60) == 2
     args = [*TINY, f'--dataset={data}', f'--out_dir={tmp_path}', '--learning_rate=0', '--min_lr=0']
     process = start('train.py', *args, '--max_iters=60', preexec_fn=limit)
     assert re.search(r'warning: cannot write .*ckpt.pt: .*continues', read_until(process, 'iter 20'))
@@ -1276,8 +1270,8 @@ def test_a_full_disk_keeps_the_last_checkpoint(start, data, tmp_path):
     assert 'best val loss' in process.stdout.read() and process.wait(60) == 0
     before = newest.read_bytes()
     assert read_checkpoint(tmp_path, 'best.pt')['iter_num'] > 18
-    resumed = command('train.py', *args, '--init_from=resume', '--max_iters=61', preexec_fn=limit)
-    assert resumed.returncode == 2 and 'error: cannot write' in resumed.stderr
+    process = start('train.py', *args, '--init_from=resume', '--max_iters=61', preexec_fn=limit)
+    assert 'error: cannot write' in process.stdout.read() and process.wait(60) == 2
     assert newest.read_bytes() == before
 
 
@@ -1383,7 +1377,7 @@ def question_pairs():
     return pairs
 
 
-def test_it_learns_to_answer(tmp_path):
+def test_it_learns_to_answer(tmp_path, monkeypatch, capsys):
     """A model trained on pairs answers new questions, and ends each answer."""
     capitals = [pair for pair in question_pairs() if ' of ' in pair['prompt']]
     conversations(tmp_path, 'char', capitals)
@@ -1391,8 +1385,10 @@ def test_it_learns_to_answer(tmp_path):
          '--max_iters=300', '--lr_decay_iters=300', '--eval_interval=300', '--log_interval=300',
          '--dropout=0.0', '--rope=True', '--qk_norm=True', '--activation=relu2', '--optimizer=muon')
     asked = ''.join(f'{pair["prompt"]}\n/reset\n' for pair in capitals[-20:])
-    answered = command('sample.py', f'--out_dir={tmp_path}/out', '--interactive=True', '--temperature=0',
-                       '--device=cpu', input=asked).stdout.splitlines()
+    monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BytesIO(asked.encode())))
+    capsys.readouterr()
+    main('sample.py', f'--out_dir={tmp_path}/out', '--interactive=True', '--temperature=0', '--device=cpu')
+    answered = capsys.readouterr().out.splitlines()
     assert len(answered) == 20
     assert sum(a == pair['completion'] for a, pair in zip(answered, capitals[-20:], strict=True)) > 14
 
@@ -1484,18 +1480,15 @@ def test_the_loss_of_a_text_is_that_of_every_token(run, data, capsys, tmp_path):
         assert result['bits_per_byte'] == pytest.approx(result['loss'] / math.log(2))  # ASCII
 
 
-BENCH_SHAPE = ['--n_layer=1', '--n_head=2', '--n_embd=32', '--block_size=16', '--vocab_size=64',
-               '--warmup=1', '--repeats=1']
-
-
 def test_bench_measures(capsys):
     """Rates agree with times, and settings change the model."""
-    result = benched(capsys, *BENCH_SHAPE, '--task=train', '--batch_size=2', '--steps=2')
+    args = [*SHAPE, '--vocab_size=64', '--warmup=1', '--repeats=1']
+    result = benched(capsys, *args, '--task=train', '--batch_size=2', '--steps=2')
     assert result['tokens_per_second'] == pytest.approx(32 / result['step_ms'] * 1000)
     assert result['memory_gb'] > 0.01
-    result = benched(capsys, *BENCH_SHAPE, '--task=generate', '--prompt=4', '--new_tokens=9', '--rope=True')
+    result = benched(capsys, *args, '--task=generate', '--prompt=4', '--new_tokens=9', '--rope=True')
     assert min(result['decode_per_second'], result['first_token_ms']) > 0
-    assert result['parameters'] == GPT(GPTConfig(16, 64, 1, 2, 32, bias=False, rope=True)).num_params()
+    assert result['parameters'] == GPT(GPTConfig(16, 64, 2, 2, 32, bias=False, rope=True)).num_params()
 
 
 def test_curves(run, capsys, tmp_path):
@@ -1521,12 +1514,12 @@ def test_curves(run, capsys, tmp_path):
     ('train.py', '--dataset={tmp}/short', 'holds 1,234 bytes but meta.json says 54,000.*or delete meta.json'),
     ('train.py', '--min_lr=1', 'min_lr=1.0 exceeds learning_rate=0.01'),
     ('train.py', '--activation=silu', "activation='silu' must be in"),
+    ('train.py', '--rope=True --n_embd=34', 'n_embd=34 is not divisible by 4: change it or n_head'),
     ('train.py', '--init_from=resume', 'there is no checkpoint out/ckpt.pt: train first'),
     ('train.py', '--init_from={run} --dataset={tmp}/other', 'have different tokenizers'),
     ('train.py', '--init_from=resume --out_dir={run} --optimizer=muon', 'no state of optimizer=.muon'),
-    ('prepare.py', '--source={tmp}/bad.jsonl', 'has its own source'),
+    ('prepare.py', '--source={tmp}/good.txt', 'has its own source'),
     ('prepare.py', '--dataset={tmp}/x --source={tmp}/latin1.txt --tokenizer=char', 'not UTF-8'),
-    ('prepare.py', '--dataset={tmp}/x --source={tmp}/bad.jsonl --tokenizer=char', 'line 2: KeyError'),
     ('prepare.py', '--dataset={tmp}/x --source={tmp}/a.csv --tokenizer=char', 'convert it to .jsonl, or'),
     ('sample.py', '--init_from={run} --device=cuda:99', 'but this machine has'),
     ('sample.py', '--init_from={run} --dtype=float16 --device=cpu', 'needs CUDA, not cpu'),
@@ -1537,7 +1530,6 @@ def test_curves(run, capsys, tmp_path):
 def test_bad_input_is_one_line_and_harms_nothing(script, args, message, run, data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'latin1.txt').write_bytes(b'\xe9' * 9)
-    (tmp_path / 'bad.jsonl').write_text('{"text": "fine"}\n{"content": "x"}\n')
     (tmp_path / 'good.txt').write_text('fine')
     (tmp_path / 'log.txt').write_text('step 0: train loss 4.2, val loss 4.1\n')
     for name in ('a.csv', 'a.txt'):

@@ -140,7 +140,7 @@ if ddp:
     dist.broadcast_object_list(message)
     init_from = message[0]
 meta, paths = load_dataset(dataset)
-bins = {split: open(path, 'rb') for split, path in paths.items()}  # kept if prepare.py runs again
+bins = {split: open(path, 'rb') for split, path in paths.items()}  # unchanged if prepare.py runs again
 masks = dict.fromkeys(bins)
 if meta.get('chat'):
     masks = {split: open(path.replace('.bin', '.mask'), 'rb') for split, path in paths.items()}
