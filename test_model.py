@@ -1116,9 +1116,8 @@ def test_a_stopped_run_resumes_exactly(optimizer, stop, start, data, tmp_path, c
 
 
 def test_resume_uses_new_settings_and_never_saves_a_broken_model(run, data, tmp_path):
-    """The saved optimizer state does not bring back old settings. A worse model does not replace
-    best.pt, not even when the data has moved. On another text the best starts anew, and the old one is
-    kept. A model that is not finite replaces nothing."""
+    """Old settings do not come back with the optimizer. A worse model does not replace best.pt, even if the
+    data has moved; another text starts a new best and keeps the old. A non-finite model replaces nothing."""
     out, moved = shutil.copytree(run, tmp_path / 'out'), shutil.copytree(data, tmp_path / 'moved')
     args = [*TINY, f'--dataset={moved}', f'--out_dir={out}', '--init_from=resume']
     namespace = main('train.py', *args, '--eval_only=True', '--weight_decay=0.7', '--n_embd=64')
@@ -1156,8 +1155,7 @@ def test_a_compiled_model_is_saved_under_its_own_names(run, data, tmp_path, monk
 
 @pytest.mark.skipif('cuda' not in DEVICES, reason='needs an NVIDIA GPU')
 def test_a_run_on_a_gpu_is_the_same_in_all_modes(start, data, tmp_path):
-    """Compiled, with DDP or FSDP, stopped and resumed, or in bfloat16, it has about the losses of a plain
-    one."""
+    """Compiled, with DDP or FSDP, resumed, or in bfloat16, it has about the losses of a plain one."""
     args = [*TINY, f'--dataset={data}', '--device=cuda', '--dtype=float32', '--compile=False', '--dropout=0']
     torchrun = '--standalone', '--nproc_per_node=1'
 
@@ -1173,7 +1171,7 @@ def test_a_run_on_a_gpu_is_the_same_in_all_modes(start, data, tmp_path):
     train('resumed', '--init_from=resume')
     train('bfloat16', '--dtype=bfloat16')
     for name in ('compiled', 'ddp', 'fsdp', 'resumed', 'bfloat16'):
-        assert_close_losses(tmp_path / 'plain', tmp_path / name, rel=2e-2)
+        assert_close_losses(tmp_path / 'plain', tmp_path / name, rel=1e-2)
 
 
 @linux_only
@@ -1389,7 +1387,6 @@ def test_it_learns_to_answer(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     main('sample.py', f'--out_dir={tmp_path}/out', '--interactive=True', '--temperature=0', '--device=cpu')
     answered = capsys.readouterr().out.splitlines()
-    assert len(answered) == 20
     assert sum(a == pair['completion'] for a, pair in zip(answered, capitals[-20:], strict=True)) > 14
 
 
@@ -1480,8 +1477,8 @@ def test_the_loss_of_a_text_is_that_of_every_token(run, data, capsys, tmp_path):
         assert result['bits_per_byte'] == pytest.approx(result['loss'] / math.log(2))  # ASCII
 
 
-def test_bench_measures(capsys):
-    """Rates agree with times, and settings change the model."""
+def test_bench_measures(tmp_path, capsys):
+    """Rates agree with times. Settings change the model; --rival replaces it, here with one weight more."""
     args = [*SHAPE, '--vocab_size=64', '--warmup=1', '--repeats=1']
     result = benched(capsys, *args, '--task=train', '--batch_size=2', '--steps=2')
     assert result['tokens_per_second'] == pytest.approx(32 / result['step_ms'] * 1000)
@@ -1489,6 +1486,17 @@ def test_bench_measures(capsys):
     result = benched(capsys, *args, '--task=generate', '--prompt=4', '--new_tokens=9', '--rope=True')
     assert min(result['decode_per_second'], result['first_token_ms']) > 0
     assert result['parameters'] == GPT(GPTConfig(16, 64, 2, 2, 32, bias=False, rope=True)).num_params()
+    (tmp_path / 'model.py').write_text("""
+import model, torch
+GPTConfig = model.GPTConfig
+def GPT(config):
+    gpt = model.GPT(config)
+    gpt.more = torch.nn.Parameter(torch.zeros(1))
+    gpt.configure_optimizers = lambda *args: torch.optim.SGD([gpt.more])
+    return gpt""")
+    args += ['--rope=True', f'--rival={tmp_path}']
+    assert benched(capsys, *args, '--task=train', '--steps=1')['tokens_per_second'] > 0
+    assert benched(capsys, *args, '--task=generate')['parameters'] == result['parameters'] + 1
 
 
 def test_curves(run, capsys, tmp_path):
